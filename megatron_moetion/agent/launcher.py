@@ -1,0 +1,255 @@
+"""`moetion-run`: torchrun's command line, with an agent that keeps the survivors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed.run import determine_local_world_size, get_args_parser
+
+from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
+from megatron_moetion.agent.node import Job, Node, Program
+from megatron_moetion.agent.spare import SPARE_FD, SPARE_NICENESS
+from megatron_moetion.agent.wire import ABSTRACT_MARK
+from megatron_moetion.config import Config
+
+DEFAULT_PORT = 29500
+USAGE_EXIT_CODE = 2
+REFUSED = {
+    "redirects": "redirect the output of moetion-run instead",
+    "tee": "use tee on the output of moetion-run instead",
+    "run_path": "give the script's path",
+    "virtual_local_rank": "leave it out",
+    "numa_binding": "leave it out",
+    "local_ranks_filter": "leave it out",
+}
+"""What torchrun has and moetion-run does not, and what to do instead."""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run, and what to change."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """torchrun's parser plus ours."""
+    parser = get_args_parser()
+    parser.prog = "moetion-run"
+    parser.description = "torchrun's command line; a dead worker is replaced, the others live on"
+    parser.add_argument(
+        "--spares", type=int, default=1, help="warm spare processes on this node (default 1)"
+    )
+    # torchrun's defaults cannot be told from a choice; ours depend on the number of nodes.
+    parser.set_defaults(
+        master_port=os.environ.get("PET_MASTER_PORT"), node_rank=os.environ.get("PET_NODE_RANK")
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a job's part on this node and exit with the job's code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+        rendezvous = rendezvous_of(args)
+        secret = secret_of(rendezvous.num_nodes)
+        num_workers = local_world_size(args.nproc_per_node)
+        meeting = meet(rendezvous, num_workers)
+        job = job_of(args, rendezvous, meeting, secret)
+        code = Node(job, meeting.listener).run()
+    except UsageError as error:
+        _fail(str(error), USAGE_EXIT_CODE)
+    except MembershipError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted before the job started", 130)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The connection threads wait in system calls for ever; nothing is left to be cleaned up.
+    os._exit(code)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what torchrun has and moetion-run does not.
+
+    Raises:
+        UsageError: naming the option and what to do instead.
+    """
+    defaults = build_parser()
+    for name, instead in REFUSED.items():
+        if getattr(args, name, None) != defaults.get_default(name):
+            option_name = "--" + name.replace("_", "-")
+            raise UsageError(f"{option_name} is not supported by moetion-run: {instead}")
+    if args.no_python and args.module:
+        raise UsageError("--no-python and -m contradict each other: drop one")
+    if args.spares < 0:
+        raise UsageError(f"--spares {args.spares} is negative: use 0 for none")
+
+
+def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
+    """Read --nnodes, --node-rank, --master-*, --rdzv-endpoint and --standalone.
+
+    Raises:
+        UsageError: elastic node counts, a missing or impossible node rank, a bad port.
+    """
+    low, _, high = str(args.nnodes).partition(":")
+    if high not in ("", low) or not low.isdecimal() or int(low) < 1:
+        raise UsageError(f"--nnodes {args.nnodes}: the number of nodes is fixed, give one number")
+    num_nodes = 1 if args.standalone else int(low)
+    if num_nodes > 1 and args.node_rank is None:
+        raise UsageError(f"--nnodes {num_nodes} needs --node-rank 0..{num_nodes - 1} on each node")
+    node_rank = _number("--node-rank", args.node_rank or 0)
+    if node_rank >= num_nodes:
+        raise UsageError(f"--node-rank {node_rank} must be below --nnodes {num_nodes}")
+    host, _, port = str(args.rdzv_endpoint).rpartition(":")
+    if not args.rdzv_endpoint or args.standalone:
+        host, port = args.master_addr, args.master_port or ""
+    # On one node nobody has to know the port, so no two jobs need to collide.
+    fallback = 0 if num_nodes == 1 else DEFAULT_PORT
+    seconds = option(args.training_script_args, "--moetion-timeout") or Config().timeout_seconds
+    try:
+        timeout = timedelta(seconds=float(seconds))
+    except ValueError:
+        raise UsageError(f"--moetion-timeout {seconds}: give a number of seconds") from None
+    return Rendezvous(
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        master_addr=host or "127.0.0.1",
+        master_port=_number("the master port", port) if port else fallback,
+        timeout=timeout,
+    )
+
+
+def secret_of(num_nodes: int) -> str:
+    """The job's secret as hex: inherited, or made here when there is only this node.
+
+    Raises:
+        UsageError: it is missing or not hex.
+    """
+    secret = os.environ.get("MOETION_SECRET")
+    if secret is None and num_nodes == 1:
+        return secrets.token_hex(16)
+    hint = "set it to the same random hex string on every node (openssl rand -hex 16)"
+    if secret is None:
+        raise UsageError(f"several nodes authenticate each other by MOETION_SECRET: {hint}")
+    try:
+        bytes.fromhex(secret)
+    except ValueError:
+        raise UsageError(f"MOETION_SECRET is not hex: {hint}") from None
+    return secret
+
+
+def local_world_size(nproc_per_node: str) -> int:
+    """torchrun's reading of --nproc-per-node: a number, cpu, gpu or auto.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    try:
+        num_workers = int(determine_local_world_size(nproc_per_node))
+    except ValueError as error:
+        raise UsageError(f"--nproc-per-node {nproc_per_node}: {error}") from None
+    if num_workers < 1:
+        raise UsageError(f"--nproc-per-node {nproc_per_node}: at least one worker is needed")
+    return num_workers
+
+
+def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, secret: str) -> Job:
+    """Put together what this node runs."""
+    script_args = tuple(args.training_script_args)
+    protected = "--moetion" in script_args
+    env = {
+        **worker_base_env(meeting.members.own.num_workers),
+        "MASTER_ADDR": rendezvous.master_addr,
+        "MASTER_PORT": str(meeting.store.port),
+        "TORCHELASTIC_RUN_ID": meeting.run_id,
+        "MOETION_RUN_ID": meeting.run_id,
+        "MOETION_SECRET": secret,
+        "MOETION_AGENT": f"{ABSTRACT_MARK}moetion-{meeting.run_id}-{rendezvous.node_rank}",
+        "MOETION_TIMEOUT": f"{rendezvous.timeout.total_seconds():g}",
+    }
+    interpreter = [env.get("PYTHON_EXEC", sys.executable), "-u"]
+    return Job(
+        members=meeting.members,
+        program=Program(
+            interpreter=() if args.no_python else tuple(interpreter),
+            module=args.module,
+            script=args.training_script,
+            args=script_args,
+        ),
+        env=env,
+        protected=protected,
+        num_spares=args.spares,
+        directory=option(script_args, "--moetion-dir") or (str(Config().dir) if protected else None),
+        secret=bytes.fromhex(secret),
+        timeout=rendezvous.timeout,
+    )
+
+
+def worker_base_env(num_workers: int) -> dict[str, str]:
+    """What every worker and spare of this node inherits: torchrun's variables and the patches'."""
+    env = {
+        **os.environ,
+        "ROLE_NAME": "default",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        # The store at MASTER_ADDR is the agent's, so that no worker's death ends it.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MOETION": "1",
+    }
+    for name in (SPARE_FD, SPARE_NICENESS):
+        env.pop(name, None)
+    if num_workers > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")
+    startup = str(startup_folder())
+    others = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry != startup]
+    env["PYTHONPATH"] = os.pathsep.join([startup, *filter(None, others)])
+    return env
+
+
+def startup_folder() -> Path:
+    """The folder that `patches/moetion.sh` puts on PYTHONPATH, of a wheel or of a checkout.
+
+    Raises:
+        UsageError: the installation lacks it.
+    """
+    spec = find_spec("megatron_moetion_patches")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    places.append(str(Path(__file__).resolve().parents[2] / "patches"))
+    for place in places:
+        if (Path(place) / "startup" / "sitecustomize.py").is_file():
+            return Path(place) / "startup"
+    raise UsageError("megatron_moetion_patches is not installed: install megatron-moetion again")
+
+
+def option(args: Sequence[str], name: str) -> str | None:
+    """Value of an option of the script, the last one if it is repeated."""
+    value = None
+    for index, arg in enumerate(args):
+        if arg == name and index + 1 < len(args):
+            value = args[index + 1]
+        elif arg.startswith(name + "="):
+            value = arg.partition("=")[2]
+    return value
+
+
+def _number(what: str, text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{what}: {text!r} is not a number") from None
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    print(f"moetion-run: error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The edge of the round on node 0: events in from all nodes, orders out to them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.round import (
+    AgentLost,
+    Command,
+    End,
+    Event,
+    Exited,
+    Expired,
+    Gather,
+    Gathered,
+    Notify,
+    Record,
+    Replace,
+    Said,
+)
+from megatron_moetion.agent.wire import Message
+from megatron_moetion.events import EventLog
+from megatron_moetion.recovery.phase import FINAL, Phase
+
+
+class Decider(Protocol):
+    """What turns events into commands: `Round`, or `Unprotected` without --moetion."""
+
+    epoch: int
+
+    @property
+    def phase(self) -> Phase:
+        """Where the job is."""
+
+    def feed(self, event: Event) -> list[Command]:
+        """Take one event and return what to do, in order."""
+
+
+class Unprotected:
+    """Without --moetion: the first failure ends the job, as torchrun does without restarts."""
+
+    def __init__(self, world_size: int) -> None:
+        self.epoch = 0
+        self._left = world_size
+
+    @property
+    def phase(self) -> Phase:
+        """There is only training."""
+        return Phase.TRAINING
+
+    def feed(self, event: Event) -> list[Command]:
+        """Take one event and return what to do."""
+        match event:
+            case Exited(code=0):
+                self._left -= 1
+                return [] if self._left else [End("", 0)]
+            case Exited():
+                return [End(f"rank {event.global_rank} ended with code {event.code}", event.code)]
+            case AgentLost():
+                return [End(f"the agent of node {event.node_rank} is gone ({event.why})", 1)]
+            case _:
+                return []
+
+
+class Leader:
+    """Feeds the round and routes its commands.
+
+    Args:
+        members: all nodes.
+        decider: the pure part.
+        send: gives an order to the agent of a node.
+        log: for the timeline.
+        timeout: for each phase of a recovery.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        decider: Decider,
+        send: Callable[[int, Message], None],
+        log: EventLog,
+        timeout: timedelta,
+    ) -> None:
+        self._members = members
+        self._decider = decider
+        self._send = send
+        self._log = log
+        self._timeout = timeout
+        self._inbox: deque[tuple[int, Message]] = deque()
+        self._detected: float | None = None
+        self._deadline: float | None = None
+
+    def take(self, node_rank: int, message: Message) -> None:
+        """An agent reports something.
+
+        What this node's own agent reports while an order is being carried out waits its turn.
+        """
+        self._inbox.append((node_rank, message))
+        if len(self._inbox) > 1:
+            return
+        while self._inbox:
+            self._handle(*self._inbox[0])
+            self._inbox.popleft()
+
+    def _handle(self, node_rank: int, message: Message) -> None:
+        match message["op"]:
+            case "exited":
+                self._detected = self._detected or time.monotonic()
+                event: Event = Exited(message["global_rank"], message["code"], message["position"])
+            case "said":
+                event = Said(message["global_rank"], message["message"])
+            case "gathered":
+                event = Gathered(
+                    node_rank, message["epoch"], message["frames"], message["positions"]
+                )
+            case "lost":
+                event = AgentLost(node_rank, message["why"])
+            case "signalled":
+                reason = f"node {node_rank} got signal {message['number']}"
+                self._execute(End(reason, 128 + message["number"]))
+                return
+            case other:
+                raise ValueError(f"node {node_rank} sent an unknown message {other!r}")
+        self._feed(event)
+
+    def seconds_left(self) -> float | None:
+        """Until `tick` has something to do; None when nothing is awaited."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def tick(self) -> None:
+        """Tell the round when a phase has taken too long."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = None
+            self._feed(Expired(self._decider.epoch, self._decider.phase, self._timeout))
+
+    def _feed(self, event: Event) -> None:
+        before = (self._decider.epoch, self._decider.phase)
+        commands = self._decider.feed(event)
+        after = (self._decider.epoch, self._decider.phase)
+        if after != before:
+            waits = after[1] is not Phase.TRAINING and after[1] not in FINAL
+            limit = time.monotonic() + self._timeout.total_seconds()
+            self._deadline = limit if waits else None
+        for command in commands:
+            self._execute(command)
+        if self._decider.phase is Phase.TRAINING:
+            self._detected = None
+
+    def _execute(self, command: Command) -> None:
+        match command:
+            case Notify():
+                for node in self._members.nodes:
+                    ranks = [r for r in command.global_ranks if r in node.global_ranks]
+                    if ranks:
+                        notice = {"op": "notify", "global_ranks": ranks, "message": command.message}
+                        self._send(node.node_rank, notice)
+            case Replace():
+                order: Message = {
+                    "op": "replace",
+                    "global_rank": command.global_rank,
+                    "epoch": command.epoch,
+                    "fired": list(command.fired),
+                }
+                self._send(self._members.node_of(command.global_rank), order)
+            case Gather():
+                self._everywhere({"op": "gather", "epoch": command.epoch})
+            case Record():
+                self._record(command.kind, command.fields)
+            case End():
+                if command.reason:
+                    print(f"moetion-run: ending the job: {command.reason}", file=sys.stderr)
+                self._everywhere({"op": "end", "reason": command.reason, "code": command.code})
+
+    def _everywhere(self, order: Message) -> None:
+        # This node last: its own end must not keep the others from hearing of it.
+        for node in reversed(self._members.nodes):
+            self._send(node.node_rank, order)
+
+    def _record(self, kind: str, fields: dict[str, Any]) -> None:
+        if self._detected is not None:
+            fields = {**fields, "ms": round((time.monotonic() - self._detected) * 1000, 1)}
+        self._log.emit(kind, **fields)
+        if kind == "resumed":
+            print(
+                f"moetion-run: ranks {fields['recovered']} recovered, training again"
+                f" {fields['ms']:g} ms after the failure (epoch {fields['epoch']})",
+                file=sys.stderr,
+            )

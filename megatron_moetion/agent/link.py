@@ -1,0 +1,148 @@
+"""A worker's connection to the agent of its node."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, NoReturn
+
+from megatron_moetion.agent.wire import Channel, Message
+
+ORPHAN_EXIT_CODE = 70
+Notice = Callable[[Message], None]
+
+
+class AgentLink:
+    """Requests, one-way messages and notices between one worker and its agent.
+
+    Any thread may send. Notices are delivered in order, by one listener thread of the link; those
+    that arrive before `listen` wait for it. The end of the agent is the end of this process: an
+    orphan must not write on. A process forked off the worker (a data loader) has no link.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[tuple[Message, bytearray | None]]] = {}
+        self._on_notice: Notice | None = None
+        self._early: list[Message] = []
+        self._closed = False
+        self._pid = os.getpid()
+        self._listener = threading.Thread(target=self._listen, name="moetion-agent", daemon=True)
+        self._listener.start()
+        os.register_at_fork(after_in_child=channel.close)
+
+    @classmethod
+    def connect(cls, on_notice: Notice | None = None) -> AgentLink | None:
+        """Connect to the agent named in the environment.
+
+        Args:
+            on_notice: see `listen`.
+
+        Returns:
+            The link, or None when this process was not started by moetion-run.
+        """
+        address = os.environ.get("MOETION_AGENT")
+        if not address:
+            return None
+        link = cls(Channel.to_agent(address, bytes.fromhex(os.environ["MOETION_SECRET"])))
+        if on_notice is not None:
+            link.listen(on_notice)
+        return link
+
+    def listen(self, on_notice: Notice) -> None:
+        """Deliver notices from now on, those that waited first.
+
+        Args:
+            on_notice: called with each notice, one at a time. It must be quick and must not call
+                `request`. If it raises, the process ends: a notice that is lost is a hang later.
+        """
+        with self._lock:
+            for notice in self._early:
+                on_notice(notice)
+            self._early.clear()
+            self._on_notice = on_notice
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a one-way message. Once this returns the agent will get it, even if we die."""
+        self._check_process()
+        try:
+            self._channel.send(message)
+        except OSError:
+            self._orphaned()
+
+    def request(self, message: Mapping[str, Any]) -> Message:
+        """Send a request and wait for its reply."""
+        return self.request_payload(message)[0]
+
+    def request_payload(self, message: Mapping[str, Any]) -> tuple[Message, bytearray | None]:
+        """Send a request and wait for its reply and the bytes that came with it, if any.
+
+        Raises:
+            RuntimeError: the agent refused the request; called from a notice.
+        """
+        if threading.current_thread() is self._listener:
+            raise RuntimeError("a request inside a notice would wait for itself: do it elsewhere")
+        request_id = next(self._ids)
+        future: Future[tuple[Message, bytearray | None]] = Future()
+        with self._lock:
+            self._waiting[request_id] = future
+        self.send({**message, "id": request_id})
+        reply, payload = future.result()
+        if reply["op"] == "refused":
+            raise RuntimeError(f"the node agent refused {message.get('op')}: {reply['reason']}")
+        return reply, payload
+
+    def close(self) -> None:
+        """End the link; the agent's end no longer ends this process."""
+        self._closed = True
+        self._channel.stop_reading()
+        self._listener.join()
+        self._channel.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("the link to the node agent belongs to the parent process")
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                message = self._channel.receive()
+                payload = None
+                if message.get("inline"):
+                    payload = bytearray(message["nbytes"])
+                    self._channel.receive_raw(memoryview(payload))
+                self._deliver(message, payload)
+        except (EOFError, OSError):
+            if not self._closed:
+                self._orphaned()
+        except BaseException:  # noqa: BLE001 - whatever it was, going on without notices is a hang
+            traceback.print_exc()
+            os._exit(ORPHAN_EXIT_CODE)
+
+    def _deliver(self, message: Message, payload: bytearray | None) -> None:
+        if "id" in message:
+            with self._lock:
+                future = self._waiting.pop(message["id"])
+            future.set_result((message, payload))
+            return
+        with self._lock:
+            if self._on_notice is None:
+                self._early.append(message)
+                return
+            on_notice = self._on_notice
+        on_notice(message)
+
+    def _orphaned(self) -> NoReturn:
+        print(
+            f"moetion: rank {os.environ.get('RANK', '?')}: the node agent is gone; this worker ends",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ORPHAN_EXIT_CODE)

@@ -1,0 +1,176 @@
+"""Which nodes the job has, where their agents listen, and which global ranks live there."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from multiprocessing.connection import Listener
+
+from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not in its stubs
+    DistNetworkError,
+    DistStoreError,
+    TCPStore,
+)
+
+BACKLOG = 128
+
+
+class MembershipError(RuntimeError):
+    """The agents of the job could not find each other."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node.
+
+    Attributes:
+        node_rank: 0 is the leader.
+        host: where its agent listens for other agents.
+        port: likewise.
+        num_workers: how many it runs.
+        first_global_rank: of its workers; the others follow.
+    """
+
+    node_rank: int
+    host: str
+    port: int
+    num_workers: int
+    first_global_rank: int = 0
+
+    @property
+    def global_ranks(self) -> tuple[int, ...]:
+        """Of its workers, by local rank."""
+        return tuple(range(self.first_global_rank, self.first_global_rank + self.num_workers))
+
+
+@dataclass(frozen=True)
+class Members:
+    """All nodes, by node rank, and which of them this is."""
+
+    nodes: tuple[Member, ...]
+    own_node_rank: int
+
+    @property
+    def own(self) -> Member:
+        """This node."""
+        return self.nodes[self.own_node_rank]
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers of the job."""
+        return sum(node.num_workers for node in self.nodes)
+
+    @property
+    def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
+        """Global ranks per node rank."""
+        return tuple(node.global_ranks for node in self.nodes)
+
+    def node_of(self, global_rank: int) -> int:
+        """Node rank on which a global rank lives.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        for node in self.nodes:
+            if global_rank in node.global_ranks:
+                return node.node_rank
+        raise ValueError(f"global rank {global_rank} is not one of {self.world_size}")
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """How to find the others.
+
+    Attributes:
+        num_nodes: as in --nnodes.
+        node_rank: of this node.
+        master_addr: where node 0 is.
+        master_port: of the store that node 0 hosts; 0 lets it choose (one node only).
+        timeout: for the slowest agent to appear.
+    """
+
+    num_nodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    timeout: timedelta
+
+
+def open_store(rendezvous: Rendezvous) -> TCPStore:
+    """Host the job's store on node 0, connect to it elsewhere.
+
+    The workers use it too (they see it as torchrun's agent store), so it outlives every worker.
+
+    Raises:
+        MembershipError: the port is taken, or nobody answers.
+    """
+    where = f"{rendezvous.master_addr}:{rendezvous.master_port}"
+    leads = rendezvous.node_rank == 0
+    try:
+        return TCPStore(
+            rendezvous.master_addr,
+            rendezvous.master_port,
+            is_master=leads,
+            wait_for_workers=False,
+            timeout=rendezvous.timeout,
+        )
+    except (DistNetworkError, DistStoreError) as error:
+        first_line = str(error).partition("\n")[0]
+        if leads:
+            hint = f"cannot host the store at {where}; choose another --master-port"
+        else:
+            hint = f"node 0's agent does not answer at {where}; start it or correct --master-addr"
+        raise MembershipError(f"{hint} ({first_line})") from None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What `meet` found.
+
+    Attributes:
+        store: keep it for as long as any worker lives; on node 0 it is the server.
+        listener: for other agents.
+        members: all nodes.
+        run_id: the same on all nodes, new for each job.
+    """
+
+    store: TCPStore
+    listener: Listener
+    members: Members
+    run_id: str
+
+
+def meet(rendezvous: Rendezvous, num_workers: int) -> Meeting:
+    """Announce this node and wait for all others.
+
+    Raises:
+        MembershipError: a port or node rank is taken, or a node does not appear.
+    """
+    store = open_store(rendezvous)
+    # The address of this host that reaches the store is one that the others reach, too.
+    with socket.create_connection((store.host, store.port)) as probe:
+        host = probe.getsockname()[0]
+    listener = Listener((host, 0), family="AF_INET", backlog=BACKLOG)
+    own = rendezvous.node_rank
+    if store.add(f"moetion/taken/{own}", 1) != 1:
+        raise MembershipError(f"node rank {own} is taken; give every node its own --node-rank")
+    if own == 0:
+        store.set("moetion/run", secrets.token_hex(6))
+    member = Member(own, host, listener.address[1], num_workers)
+    store.set(f"moetion/agent/{own}", json.dumps(asdict(member)))
+    nodes: list[Member] = []
+    first_global_rank = 0
+    for node_rank in range(rendezvous.num_nodes):
+        try:
+            found = json.loads(store.get(f"moetion/agent/{node_rank}"))
+        except DistStoreError:
+            seconds = rendezvous.timeout.total_seconds()
+            raise MembershipError(
+                f"node {node_rank} of {rendezvous.num_nodes} did not appear within {seconds:g} s"
+            ) from None
+        nodes.append(Member(**{**found, "first_global_rank": first_global_rank}))
+        first_global_rank += nodes[-1].num_workers
+    return Meeting(store, listener, Members(tuple(nodes), own), store.get("moetion/run").decode())

@@ -1,0 +1,355 @@
+"""The agent's main loop: children, connections, signals, orders of the leader."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Listener
+
+from megatron_moetion.agent import supervision
+from megatron_moetion.agent.desk import (
+    Desk,
+    FromPeer,
+    FromWorker,
+    Item,
+    PeerGone,
+    PeerJoined,
+    WorkerSilent,
+)
+from megatron_moetion.agent.leader import Leader, Unprotected
+from megatron_moetion.agent.membership import Members, MembershipError
+from megatron_moetion.agent.peers import Peers
+from megatron_moetion.agent.round import Round
+from megatron_moetion.agent.spares import SparePool
+from megatron_moetion.agent.supervision import Child
+from megatron_moetion.agent.wire import Channel, Message, unix_address
+from megatron_moetion.events import EventLog
+from megatron_moetion.vault.store import VaultStore
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a worker runs.
+
+    Attributes:
+        interpreter: how Python is started; empty with --no-python.
+        module: `script` is a module's name.
+        script: path, module or (--no-python) executable.
+        args: its arguments.
+    """
+
+    interpreter: tuple[str, ...]
+    module: bool
+    script: str
+    args: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        """For a cold start."""
+        return [*self.interpreter, *(["-m"] if self.module else []), self.script, *self.args]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the agent of a node needs to know.
+
+    Attributes:
+        members: all nodes.
+        program: what the workers run.
+        env: environment of every worker, without its rank.
+        protected: --moetion is among the script's arguments.
+        num_spares: warm spares on this node.
+        directory: of the run's events; None keeps none.
+        secret: the job's.
+        timeout: for each phase of a recovery.
+    """
+
+    members: Members
+    program: Program
+    env: Mapping[str, str]
+    protected: bool
+    num_spares: int
+    directory: str | None
+    secret: bytes
+    timeout: timedelta
+
+
+class Node:
+    """The agent of one node; `run` returns the exit code of moetion-run."""
+
+    def __init__(self, job: Job, listener: Listener) -> None:
+        self._job = job
+        self._own = job.members.own
+        self._listener = listener
+        self._log = EventLog(job.directory, f"agent-{self._own.node_rank}")
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._wake_end, self._woken_end = socket.socketpair()
+        self._wake_end.setblocking(False)
+        self._store = VaultStore()
+        peers = Peers(job.members, job.secret)
+        self._desk = Desk(job.members, self._store, peers, job.secret, self._welcome, self._post)
+        size = job.num_spares if job.protected and job.program.interpreter else 0
+        self._pool = SparePool(size, job.program.interpreter, job.env)
+        self._workers: dict[int, Child] = {}
+        self._children: set[Child] = set()
+        self._draining: dict[int, int] = {}
+        self._peers: dict[int, Channel] = {}
+        self._leader: Leader | None = None
+        self._epoch = 0
+        self._fired: list[int] = []
+        self._code: int | None = None
+
+    def run(self) -> int:
+        """Run the job's part on this node, from the first worker to the last."""
+        self._open()
+        self._catch_signals()
+        try:
+            for rank in self._own.global_ranks:
+                self._start_cold(rank, replacement=False)
+            self._watch_all(self._pool.fill(during_training=False))
+            while self._code is None:
+                self._turn()
+            return self._code
+        finally:
+            supervision.end_all(sorted(self._children, key=lambda child: child.pid))
+            self._store.close()
+            self._log.close()
+
+    def _open(self) -> None:
+        address = unix_address(self._job.env["MOETION_AGENT"])
+        self._desk.open(Listener(address, family="AF_UNIX", backlog=len(self._own.global_ranks)))
+        if self._own.node_rank == 0:
+            members = self._job.members
+            decider = (
+                Round(members.ranks_of_node)
+                if self._job.protected
+                else Unprotected(members.world_size)
+            )
+            self._leader = Leader(members, decider, self._order, self._log, self._job.timeout)
+            self._desk.open(self._listener)
+            self._await_peers()
+        else:
+            self._desk.open(self._listener)
+            channel = self._connect_leader()
+            self._peers[0] = channel
+            threading.Thread(target=self._desk.follow, args=(0, channel), daemon=True).start()
+
+    def _connect_leader(self) -> Channel:
+        leader = self._job.members.nodes[0]
+        try:
+            channel = Channel.to_peer(leader.host, leader.port, self._job.secret)
+            channel.send({"op": "control", "node_rank": self._own.node_rank})
+        except AuthenticationError:
+            raise MembershipError(
+                "the leader has another MOETION_SECRET: set the same one on every node"
+            ) from None
+        except OSError as error:
+            where = f"{leader.host}:{leader.port}"
+            raise MembershipError(f"cannot reach the leader at {where}: {error}") from None
+        return channel
+
+    def _await_peers(self) -> None:
+        """Every agent is connected before anything can fail."""
+        others = {node.node_rank for node in self._job.members.nodes} - {0}
+        while others - self._peers.keys():
+            try:
+                self._take(self._items.get(timeout=self._job.timeout.total_seconds()))
+            except queue.Empty:
+                missing = sorted(others - self._peers.keys())
+                raise MembershipError(f"the agents of nodes {missing} did not connect") from None
+
+    def _turn(self) -> None:
+        """Wait for something, then handle all of it."""
+        left = self._leader.seconds_left() if self._leader is not None else None
+        for key, _ in self._selector.select(left):
+            if isinstance(key.data, Child):
+                self._ended(key.data)
+            else:
+                self._woken(self._woken_end.recv(4096))
+        while self._code is None and not self._items.empty():
+            self._take(self._items.get())
+        if self._leader is not None and self._code is None:
+            self._leader.tick()
+
+    def _post(self, item: Item) -> None:
+        self._items.put(item)
+        # A full socket has enough in it to wake the loop.
+        with contextlib.suppress(BlockingIOError):
+            self._wake_end.send(b"\0")
+
+    def _catch_signals(self) -> None:
+        # The handler does nothing: the number arrives in the socket and ends the wait.
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_end.fileno(), warn_on_full_buffer=False)
+        self._selector.register(self._woken_end, selectors.EVENT_READ)
+
+    def _woken(self, data: bytes) -> None:
+        numbers = [number for number in data if number in SIGNALS]
+        if numbers and self._code is None:
+            self._report({"op": "signalled", "number": numbers[0]})
+            if self._leader is None:
+                self._end(f"got signal {numbers[0]}", 128 + numbers[0])
+
+    def _welcome(self, global_rank: int) -> Message:
+        return {
+            "op": "welcome",
+            "epoch": self._epoch,
+            "node_rank": self._own.node_rank,
+            "agents": [list(ranks) for ranks in self._job.members.ranks_of_node],
+            "fired": self._fired,
+        }
+
+    def _take(self, item: Item) -> None:
+        match item:
+            case FromWorker():
+                if item.message["op"] != "hello":
+                    said = {"op": "said", "global_rank": item.global_rank, "message": item.message}
+                    self._report(said)
+            case WorkerSilent():
+                code = self._draining.pop(item.global_rank, None)
+                if code is not None:
+                    self._report_exit(item.global_rank, code)
+            case PeerJoined():
+                self._peers[item.node_rank] = item.channel
+            case FromPeer() if self._leader is not None:
+                self._leader.take(item.node_rank, item.message)
+            case FromPeer():
+                self._obey(item.message)
+            case PeerGone() if self._leader is not None:
+                self._leader.take(item.node_rank, {"op": "lost", "why": item.why})
+            case PeerGone():
+                line = f"moetion-run: node {self._own.node_rank}: the leader is gone ({item.why})"
+                print(line, file=sys.stderr)
+                self._end("the leader is gone", 1)
+
+    def _report(self, message: Message) -> None:
+        """Tell the leader, which may be this process."""
+        if self._leader is not None:
+            self._leader.take(self._own.node_rank, message)
+        else:
+            self._send(0, message)
+
+    def _order(self, node_rank: int, order: Message) -> None:
+        if node_rank == self._own.node_rank:
+            self._obey(order)
+        else:
+            self._send(node_rank, order)
+
+    def _send(self, node_rank: int, message: Message) -> None:
+        try:
+            self._peers[node_rank].send(message)
+        except OSError as error:
+            # Not handled here, in the middle of something: it arrives as an item like any other.
+            self._post(PeerGone(node_rank, str(error)))
+
+    def _obey(self, order: Message) -> None:
+        match order["op"]:
+            case "notify":
+                self._notify(order["global_ranks"], order["message"])
+            case "replace":
+                self._epoch, self._fired = order["epoch"], order["fired"]
+                self._replace(order["global_rank"])
+            case "gather":
+                self._gather(order["epoch"])
+            case "end":
+                self._end(order["reason"], order["code"])
+
+    def _notify(self, global_ranks: list[int], message: Message) -> None:
+        self._epoch = max(self._epoch, message["epoch"])
+        for rank in global_ranks:
+            self._desk.notify(rank, message)
+        if message["op"] == "resume":
+            self._watch_all(self._pool.fill(during_training=True))
+
+    def _gather(self, epoch: int) -> None:
+        ranks = self._own.global_ranks
+        positions = {str(rank): self._desk.position(rank) for rank in ranks}
+        frames = {str(rank): self._desk.listings(rank, "frame/") for rank in ranks}
+        answer = {"op": "gathered", "epoch": epoch, "frames": frames, "positions": positions}
+        self._report(answer)
+
+    def _end(self, reason: str, code: int) -> None:
+        self._code = code
+        if reason:
+            for rank in self._own.global_ranks:
+                self._desk.notify(rank, {"op": "end", "reason": reason})
+
+    def _worker_env(self, global_rank: int, replacement: bool) -> dict[str, str]:
+        members, own = self._job.members, self._own
+        return {
+            "RANK": str(global_rank),
+            "LOCAL_RANK": str(global_rank - own.first_global_rank),
+            "ROLE_RANK": str(global_rank),
+            "GROUP_RANK": str(own.node_rank),
+            "WORLD_SIZE": str(members.world_size),
+            "ROLE_WORLD_SIZE": str(members.world_size),
+            "LOCAL_WORLD_SIZE": str(own.num_workers),
+            "GROUP_WORLD_SIZE": str(len(members.nodes)),
+            "MOETION_EPOCH": str(self._epoch),
+            "MOETION_REPLACEMENT": "1" if replacement else "0",
+        }
+
+    def _start_cold(self, global_rank: int, replacement: bool) -> None:
+        env = {**self._job.env, **self._worker_env(global_rank, replacement)}
+        child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
+        self._workers[global_rank] = child
+        self._watch_all([child])
+
+    def _replace(self, global_rank: int) -> None:
+        program, started = self._job.program, "cold"
+        spare = self._pool.take()
+        if spare is not None:
+            started = "warm" if spare.ready else "booting"
+            env = self._worker_env(global_rank, replacement=True)
+            try:
+                spare.assign(program.module, [program.script, *program.args], env)
+                self._workers[global_rank] = spare.child
+            except OSError:
+                spare, started = None, "cold"
+        if spare is None:
+            self._start_cold(global_rank, replacement=True)
+        pid = self._workers[global_rank].pid
+        self._log.emit(
+            "replacing", global_rank=global_rank, epoch=self._epoch, start=started, pid=pid
+        )
+
+    def _watch_all(self, children: list[Child]) -> None:
+        for child in children:
+            self._children.add(child)
+            self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+
+    def _ended(self, child: Child) -> None:
+        self._selector.unregister(child.pidfd)
+        self._children.discard(child)
+        code = supervision.reap(child)
+        ranks = [rank for rank, worker in self._workers.items() if worker is child]
+        if not ranks:
+            if self._pool.lost(child):
+                print(f"moetion-run: {child.label} ended with code {code}", file=sys.stderr)
+            return
+        rank = ranks[0]
+        del self._workers[rank]
+        self._log.emit("exited", global_rank=rank, code=code, epoch=self._epoch, pid=child.pid)
+        if self._desk.hush(rank):
+            self._draining[rank] = code
+        else:
+            self._report_exit(rank, code)
+
+    def _report_exit(self, rank: int, code: int) -> None:
+        # From here on nobody writes to its chunks any more.
+        self._store.orphan(rank)
+        position = self._desk.position(rank)
+        self._report({"op": "exited", "global_rank": rank, "code": code, "position": position})

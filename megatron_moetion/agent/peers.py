@@ -1,0 +1,68 @@
+"""Other nodes' vaults."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.wire import Channel, Message
+
+
+class Peers:
+    """One connection per other node, opened on first use, one request at a time on each.
+
+    Args:
+        members: all nodes.
+        secret: the job's.
+    """
+
+    def __init__(self, members: Members, secret: bytes) -> None:
+        self._members = members
+        self._secret = secret
+        self._locks = {member.node_rank: threading.Lock() for member in members.nodes}
+        self._channels: dict[int, Channel] = {}
+
+    def fetch(
+        self, node_rank: int, global_rank: int, key: str, worker: Channel, request_id: int
+    ) -> None:
+        """Answer a worker's fetch from another node, passing the bytes on as they come.
+
+        Raises:
+            OSError, EOFError: that agent is gone.
+        """
+        with self._locks[node_rank]:
+            peer = self._channel(node_rank)
+            peer.send({"op": "fetch", "global_rank": global_rank, "key": key})
+            reply = {**peer.receive(), "id": request_id}
+            if reply["op"] == "missing":
+                worker.send(reply)
+                return
+            reply["inline"] = True
+            try:
+                worker.send(reply, lambda fd: peer.pump_raw(reply["nbytes"], fd))
+            except OSError:
+                # Either end broke in the middle: what is left of the payload is no message.
+                del self._channels[node_rank]
+                peer.close()
+                raise
+
+    def inventory(self, node_rank: int, global_rank: int, prefix: str) -> list[Any]:
+        """Sealed entries of a rank of another node, as JSON.
+
+        Raises:
+            OSError, EOFError: that agent is gone.
+        """
+        with self._locks[node_rank]:
+            peer = self._channel(node_rank)
+            peer.send({"op": "inventory", "global_rank": global_rank, "prefix": prefix})
+            reply: Message = peer.receive()
+            return list(reply["entries"])
+
+    def _channel(self, node_rank: int) -> Channel:
+        if node_rank not in self._channels:
+            member = self._members.nodes[node_rank]
+            channel = Channel.to_peer(member.host, member.port, self._secret)
+            channel.send({"op": "vault"})
+            self._channels[node_rank] = channel
+        return self._channels[node_rank]

@@ -1,0 +1,351 @@
+"""The leader's decisions, as a pure object: what happened in, what to do out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
+
+MAX_RETRIES = 3
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker process ended; everything it had sent has been fed before.
+
+    Attributes:
+        global_rank: which.
+        code: as a shell reports it, 128 + n for signal n.
+        position: newest position of this rank, also of a predecessor; None if there never was one.
+    """
+
+    global_rank: int
+    code: int
+    position: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message of a live worker."""
+
+    global_rank: int
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """One agent's inventories; keys are global ranks as strings."""
+
+    node_rank: int
+    epoch: int
+    frames: Mapping[str, Any]
+    positions: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AgentLost:
+    """The agent of another node is gone."""
+
+    node_rank: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Expired:
+    """The phase of this epoch has taken longer than the timeout."""
+
+    epoch: int
+    phase: Phase
+    timeout: timedelta
+
+
+Event = Exited | Said | Gathered | AgentLost | Expired
+
+
+@dataclass(frozen=True)
+class Notify:
+    """Send a notice to these workers."""
+
+    global_ranks: tuple[int, ...]
+    message: Json
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Start a replacement on the dead worker's node."""
+
+    global_rank: int
+    epoch: int
+    fired: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Ask every agent for its inventories."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """An event for the timeline."""
+
+    kind: str
+    fields: Json
+
+
+@dataclass(frozen=True)
+class End:
+    """End the whole job; an empty reason is the clean end."""
+
+    reason: str
+    code: int
+
+
+Command = Notify | Replace | Gather | Record | End
+
+
+@dataclass
+class _Answers:
+    """Who has answered what the current phase waits for."""
+
+    positions: dict[int, Json] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    gathered: dict[int, Gathered] = field(default_factory=dict)
+
+
+class Round:
+    """The leader's state: who lives, who is to be replaced, which epoch, which phase.
+
+    Args:
+        ranks_of_node: global ranks per node rank.
+        max_retries: failures of one rank at one iteration after which the job ends.
+    """
+
+    def __init__(
+        self, ranks_of_node: tuple[tuple[int, ...], ...], max_retries: int = MAX_RETRIES
+    ) -> None:
+        self.epoch = 0
+        self._nodes = ranks_of_node
+        self._all = frozenset(rank for ranks in ranks_of_node for rank in ranks)
+        self._max_retries = max_retries
+        self._machine = PhaseMachine()
+        self._dead: set[int] = set()
+        self._ready: set[int] = set()
+        self._finished: set[int] = set()
+        self._exited: set[int] = set()
+        self._fired: set[int] = set()
+        self._failures: Counter[tuple[int, int | None]] = Counter()
+        self._first_code = 0
+        self._answers = _Answers()
+        self._committed = 0
+
+    @property
+    def phase(self) -> Phase:
+        """Where the job is."""
+        return self._machine.phase
+
+    def feed(self, event: Event) -> list[Command]:
+        """Take one event and return what to do, in order."""
+        if self.phase in FINAL:
+            return []
+        match event:
+            case Exited():
+                return self._exit(event)
+            case Said():
+                return self._said(event.global_rank, event.message)
+            case Gathered():
+                return self._gathered(event)
+            case AgentLost():
+                return self._hopeless(f"the agent of node {event.node_rank} is gone ({event.why})")
+            case Expired():
+                return self._expired(event)
+
+    def missing(self) -> list[int]:
+        """Global ranks (in GATHERING: node ranks) that the current phase still waits for."""
+        match self.phase:
+            case Phase.PLANNING:
+                return sorted(self._survivors - self._answers.positions.keys())
+            case Phase.SETTLING:
+                return sorted(self._survivors - self._answers.done)
+            case Phase.REGROUPING:
+                return sorted((self._survivors - self._answers.done) | (self._dead - self._ready))
+            case Phase.GATHERING:
+                return [n for n in range(len(self._nodes)) if n not in self._answers.gathered]
+            case Phase.RESTORING:
+                return sorted(self._all - self._answers.done)
+            case _:
+                return []
+
+    @property
+    def _survivors(self) -> frozenset[int]:
+        return self._all - self._dead
+
+    def _exit(self, event: Exited) -> list[Command]:
+        rank = event.global_rank
+        if rank in self._finished:
+            self._exited.add(rank)
+            if self._exited == self._all:
+                self._machine.take(Step.ENDED)
+                return [End("", 0)]
+            return []
+        how = f"rank {rank} ended with code {event.code}"
+        self._first_code = self._first_code or event.code
+        if event.position is None:
+            return self._hopeless(f"{how} before its first frame was sealed")
+        if self._finished:
+            return self._hopeless(f"{how} after ranks {sorted(self._finished)} had finished")
+        iteration = event.position.get("iteration", event.position.get("committed"))
+        self._failures[rank, iteration] += 1
+        if self._failures[rank, iteration] > self._max_retries:
+            times = self._failures[rank, iteration]
+            return self._hopeless(f"rank {rank} failed {times} times at iteration {iteration}")
+        return self._freeze(event)
+
+    def _freeze(self, event: Exited) -> list[Command]:
+        rank = event.global_rank
+        self._machine.take(Step.FAILED)
+        self.epoch += 1
+        self._dead.add(rank)
+        self._ready.discard(rank)
+        self._answers = _Answers()
+        if not self._survivors:
+            return self._hopeless("no survivor is left")
+        live = tuple(sorted(self._survivors | self._ready))
+        dead = sorted(self._dead)
+        failure = {"epoch": self.epoch, "global_rank": rank, "code": event.code, "dead": dead}
+        return [
+            Record("detected", failure),
+            Notify(live, {"op": "freeze", "epoch": self.epoch, "dead": dead}),
+            Replace(rank, self.epoch, tuple(sorted(self._fired))),
+        ]
+
+    def _said(self, rank: int, message: Mapping[str, Any]) -> list[Command]:
+        match message["op"]:
+            case "fired":
+                self._fired.add(int(message["index"]))
+            case "finished":
+                self._finished.add(rank)
+            case "hopeless":
+                return self._hopeless(str(message["reason"]))
+            case "ready" if rank in self._dead:
+                self._ready.add(rank)
+                return self._advance()
+            case "report" | "settled" | "quiesced" | "joined" as op:
+                return self._answer(rank, op, message)
+            case "ready":
+                pass
+            case other:
+                return self._hopeless(f"rank {rank} sent an unknown message {other!r}")
+        return []
+
+    def _answer(self, rank: int, op: str, message: Mapping[str, Any]) -> list[Command]:
+        awaited = {
+            Phase.PLANNING: "report",
+            Phase.SETTLING: "settled",
+            Phase.REGROUPING: "quiesced",
+            Phase.RESTORING: "joined",
+        }
+        if message["epoch"] != self.epoch or awaited.get(self.phase) != op:
+            return []
+        if op == "report":
+            self._answers.positions[rank] = dict(message["position"])
+        else:
+            self._answers.done.add(rank)
+        return self._advance()
+
+    def _gathered(self, event: Gathered) -> list[Command]:
+        if event.epoch != self.epoch or self.phase is not Phase.GATHERING:
+            return []
+        self._answers.gathered[event.node_rank] = event
+        return self._advance()
+
+    def _advance(self) -> list[Command]:
+        if self.missing():
+            return []
+        match self.phase:
+            case Phase.PLANNING:
+                return self._verdict()
+            case Phase.SETTLING:
+                self._machine.take(Step.SETTLED)
+                self._answers.done.clear()
+                return [
+                    Notify(self._living(), {"op": "abort", "epoch": self.epoch}),
+                    Record("settled", {"epoch": self.epoch}),
+                ]
+            case Phase.REGROUPING:
+                self._machine.take(Step.QUIESCED)
+                self._answers.done.clear()
+                return [Gather(self.epoch), Record("quiesced", {"epoch": self.epoch})]
+            case Phase.GATHERING:
+                return self._facts()
+            case Phase.RESTORING:
+                return self._resume()
+            case _:
+                return []
+
+    def _living(self) -> tuple[int, ...]:
+        return tuple(sorted(self._survivors))
+
+    def _verdict(self) -> list[Command]:
+        # A survivor that passed the barrier of iteration t proves that everybody may finish t.
+        reported = [position["committed"] for position in self._answers.positions.values()]
+        self._committed = max(reported)
+        self._machine.take(Step.REPORTED)
+        fields = {"epoch": self.epoch, "committed": self._committed}
+        return [Notify(self._living(), {"op": "verdict", **fields}), Record("planned", fields)]
+
+    def _facts(self) -> list[Command]:
+        self._machine.take(Step.GATHERED)
+        frames: Json = {}
+        positions: Json = {}
+        for node_rank in sorted(self._answers.gathered):
+            frames |= self._answers.gathered[node_rank].frames
+            positions |= self._answers.gathered[node_rank].positions
+        reports = {str(rank): position for rank, position in self._answers.positions.items()}
+        facts = {
+            "op": "facts",
+            "epoch": self.epoch,
+            "committed": self._committed,
+            "dead": sorted(self._dead),
+            "positions": positions | reports,
+            "frames": frames,
+        }
+        return [
+            Notify(tuple(sorted(self._all)), facts),
+            Record("gathered", {"epoch": self.epoch, "dead": sorted(self._dead)}),
+        ]
+
+    def _resume(self) -> list[Command]:
+        self._machine.take(Step.JOINED)
+        recovered = sorted(self._dead)
+        self._dead.clear()
+        self._ready.clear()
+        self._first_code = 0
+        return [
+            Notify(tuple(sorted(self._all)), {"op": "resume", "epoch": self.epoch}),
+            Record("resumed", {"epoch": self.epoch, "recovered": recovered}),
+        ]
+
+    def _expired(self, event: Expired) -> list[Command]:
+        if (event.epoch, event.phase) != (self.epoch, self.phase) or not self.missing():
+            return []
+        seconds = event.timeout.total_seconds()
+        who = "nodes" if self.phase is Phase.GATHERING else "ranks"
+        return self._hopeless(
+            f"{who} {self.missing()} did not answer within {seconds:g} s in phase"
+            f" {self.phase.name} (waiting for {self.phase.value}); raise --moetion-timeout if"
+            " they were only slow"
+        )
+
+    def _hopeless(self, reason: str) -> list[Command]:
+        self._machine.take(Step.HOPELESS)
+        return [
+            Record("ended", {"epoch": self.epoch, "reason": reason}),
+            End(reason, self._first_code or 1),
+        ]

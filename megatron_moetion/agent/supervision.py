@@ -1,0 +1,108 @@
+"""Child processes: tied to this one, watched by pidfd, ended with everything they started."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+TETHER = str(Path(__file__).with_name("tether.py"))
+# A scheduler kills 30 s after its own SIGTERM (Slurm's KillWait), so be done well before.
+GRACE = timedelta(seconds=8)
+
+
+@dataclass(eq=False)
+class Child:
+    """A started process. `label` says what it is to whoever started it."""
+
+    label: str
+    process: subprocess.Popen[bytes]
+    pidfd: int
+
+    @property
+    def pid(self) -> int:
+        """Its process id, also the id of its process group."""
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """False from the moment it ended, before it was reaped as well as after."""
+        return self.process.returncode is None and not _readable(self.pidfd)
+
+    def kill(self, number: int) -> None:
+        """Signal the process and whatever it started; no-op once it was reaped."""
+        if self.process.returncode is None:
+            os.killpg(self.pid, number)
+
+
+def start(
+    label: str, command: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> Child:
+    """Start a command in a process group of its own.
+
+    Call it from the main thread only: the kernel ends the child with the *thread* that started it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command],
+        env=dict(env),
+        pass_fds=tuple(pass_fds),
+        start_new_session=True,
+    )
+    return Child(label, process, os.pidfd_open(process.pid))
+
+
+def shell_code(returncode: int) -> int:
+    """128 + n for a process that signal n ended."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def reap(child: Child) -> int:
+    """Collect an ended child and kill what it left behind; returns its code as a shell would."""
+    # Until it is waited for, its pid and hence its group id cannot belong to anybody else.
+    os.killpg(child.pid, signal.SIGKILL)
+    code = shell_code(child.process.wait())
+    os.close(child.pidfd)
+    return code
+
+
+@dataclass
+class Ended:
+    """What `end_all` did: codes by label, and who had to be killed."""
+
+    codes: dict[str, int] = field(default_factory=dict)
+    killed: list[str] = field(default_factory=list)
+
+
+def end_all(children: Sequence[Child], grace: timedelta = GRACE) -> Ended:
+    """SIGTERM everybody, wait for at most `grace`, SIGKILL the rest, reap all."""
+    ended = Ended()
+    for child in children:
+        child.kill(signal.SIGTERM)
+    deadline = time.monotonic() + grace.total_seconds()
+    waiting = list(children)
+    with selectors.DefaultSelector() as selector:
+        for child in waiting:
+            selector.register(child.pidfd, selectors.EVENT_READ, child)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                selector.unregister(key.fd)
+                waiting.remove(key.data)
+    for child in waiting:
+        child.kill(signal.SIGKILL)
+        ended.killed.append(child.label)
+    for child in children:
+        ended.codes[child.label] = reap(child)
+    return ended
+
+
+def _readable(fd: int) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        return bool(selector.select(0))

@@ -1,0 +1,280 @@
+"""Every ``--moetion-*`` flag, as one frozen dataclass; relations are checked in one place.
+
+argparse gets plain strings, because its own error prints the host's several hundred flags; the
+values are read here, and every refusal is one line that says what to change.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_moetion import faults
+
+WindowPolicy = Literal["rolling", "tumbling"]
+
+AUTO_WINDOW = 4
+"""What ``--moetion-window auto`` means in this version."""
+
+
+class ConfigError(ValueError):
+    """A flag, or a relation between flags, is wrong; the text is one line with what to change."""
+
+
+def _flag(name: str, metavar: str, help: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    return {"flag": name, "metavar": metavar, "help": help, "read": read}
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+            raise ValueError(f"give a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def _window(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return _whole(1)(text)
+    except ValueError:
+        raise ValueError("give 'auto' or a whole number of at least 1") from None
+
+
+def _window_policy(text: str) -> str:
+    if text not in get_args(WindowPolicy):
+        raise ValueError("give 'rolling' or 'tumbling'")
+    return text
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not text:
+        raise ValueError("give a directory")
+    if path.exists() and not path.is_dir():
+        raise ValueError("this is a file; give a directory")
+    return path
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1.0 <= seconds < float("inf"):
+        raise ValueError("give seconds, at least 1")
+    return seconds
+
+
+def _fault(text: str) -> str:
+    if text and not _parse_faults(text):
+        raise ValueError(
+            "give at least one fault, for example kill:global_rank=3,iteration=7,at=end"
+        )
+    return text
+
+
+def _parse_faults(text: str) -> tuple[faults.Fault, ...]:
+    return faults.parse(text) if text else ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the user asked for. One field is one flag; its help is the field's documentation."""
+
+    moetion: bool = field(
+        default=False,
+        metadata=_flag(
+            "--moetion",
+            "",
+            "Protect this run: capture frames and logs, recover failures.",
+            bool,
+        ),
+    )
+    window: int | Literal["auto"] = field(
+        default="auto",
+        metadata=_flag(
+            "--moetion-window",
+            "auto|N",
+            f"Frames that rebuild a full state. auto is {AUTO_WINDOW} in this version.",
+            _window,
+        ),
+    )
+    window_policy: WindowPolicy = field(
+        default="rolling",
+        metadata=_flag(
+            "--moetion-window-policy",
+            "rolling|tumbling",
+            "rolling: any W consecutive frames are a base. tumbling: only whole windows are.",
+            _window_policy,
+        ),
+    )
+    replicas: int = field(
+        default=0,
+        metadata=_flag(
+            "--moetion-replicas",
+            "N",
+            "Copies of every frame and log on other nodes; must be below the number of nodes.",
+            _whole(0),
+        ),
+    )
+    dir: Path = field(
+        default=Path("moetion"),
+        metadata=_flag(
+            "--moetion-dir",
+            "DIR",
+            "Directory for events, digests, spilled windows and reports.",
+            _directory,
+        ),
+    )
+    digest_interval: int = field(
+        default=0,
+        metadata=_flag(
+            "--moetion-digest-interval",
+            "N",
+            "Every N iterations record a hash of every tensor and the loss; 0 is never. Works "
+            "without --moetion too.",
+            _whole(0),
+        ),
+    )
+    fault: str = field(
+        default="",
+        metadata=_flag(
+            "--moetion-fault",
+            "SPEC",
+            "Inject failures, for example 'kill:global_rank=3,iteration=7,at=backward:1'; several "
+            "are joined by ';'.",
+            _fault,
+        ),
+    )
+    timeout_seconds: float = field(
+        default=600.0,
+        metadata=_flag(
+            "--moetion-timeout",
+            "SECONDS",
+            "The one time limit; every other one is derived from it and printed at the start.",
+            _seconds,
+        ),
+    )
+
+    @property
+    def timeout(self) -> timedelta:
+        """The one time limit."""
+        return timedelta(seconds=self.timeout_seconds)
+
+    @property
+    def window_size(self) -> int:
+        """W, with ``auto`` resolved."""
+        return AUTO_WINDOW if self.window == "auto" else self.window
+
+    @property
+    def active(self) -> bool:
+        """Whether anything beyond the flags themselves is to be patched."""
+        return self.moetion or self.digest_interval > 0
+
+
+def flag_names() -> dict[str, str]:
+    """Returns every flag and the name of its `Config` field."""
+    return {entry.metadata["flag"]: entry.name for entry in dataclasses.fields(Config)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds one flag per field to ``parser``, as an own group, and returns the parser."""
+    group = parser.add_argument_group("moetion")
+    for entry in dataclasses.fields(Config):
+        details = entry.metadata
+        destination = _destination(details["flag"])
+        if entry.type is bool:
+            group.add_argument(
+                details["flag"], dest=destination, action="store_true", help=details["help"]
+            )
+        else:
+            group.add_argument(
+                details["flag"],
+                dest=destination,
+                metavar=details["metavar"],
+                default=str(entry.default),
+                help=f"{details['help']} Default: {entry.default or '(none)'}.",
+            )
+    return parser
+
+
+def from_namespace(args: argparse.Namespace, env: Mapping[str, str] = os.environ) -> Config:
+    """Reads the flags that `add_arguments` added, and checks how they go together.
+
+    Raises:
+        ConfigError: one line saying what to change.
+    """
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(Config):
+        details = entry.metadata
+        value = getattr(args, _destination(details["flag"]), entry.default)
+        if isinstance(value, str):
+            try:
+                value = details["read"](value)
+            except ValueError as error:
+                given = "" if str(error).startswith("fault ") else f" {value!r}"
+                raise ConfigError(f"{details['flag']}{given}: {error}") from error
+        values[entry.name] = value
+    config = Config(**values)
+    _check_relations(config, env)
+    return config
+
+
+def from_command_line(
+    tokens: Sequence[str], env: Mapping[str, str] = os.environ
+) -> tuple[argparse.Namespace, Config]:
+    """Reads only our flags out of a whole command line.
+
+    Raises:
+        ConfigError: as `from_namespace`, or as `check_spelling`.
+    """
+    check_spelling(tokens)
+    parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    args, _ = parser.parse_known_args(list(tokens))
+    return args, from_namespace(args, env)
+
+
+def check_spelling(tokens: Sequence[str]) -> None:
+    """Refuses a ``--moetion...`` flag that does not exist, naming the nearest one.
+
+    Raises:
+        ConfigError: for the first such token.
+    """
+    known = flag_names()
+    for token in tokens:
+        name = token.partition("=")[0]
+        if name.startswith("--moetion") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown flag {name}: {hint}")
+
+
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _check_relations(config: Config, env: Mapping[str, str]) -> None:
+    if config.fault and not config.moetion:
+        raise ConfigError("--moetion-fault needs --moetion: add --moetion or drop the fault")
+    nodes = int(env.get("GROUP_WORLD_SIZE") or env.get("SLURM_NNODES") or 1)
+    if config.replicas and config.replicas >= nodes:
+        change = f"give at most {nodes - 1}" if nodes > 1 else "drop the flag or add nodes"
+        raise ConfigError(
+            f"--moetion-replicas {config.replicas} needs at least {config.replicas + 1} nodes "
+            f"and this job has {nodes}: {change}"
+        )
+    world_size = int(env.get("WORLD_SIZE") or 0)
+    for fault in _parse_faults(config.fault):
+        if world_size and fault.global_rank >= world_size:
+            raise ConfigError(
+                f"--moetion-fault names global_rank={fault.global_rank} and this job has "
+                f"{world_size} ranks: name one below {world_size}"
+            )

@@ -1,0 +1,63 @@
+"""Typed access to logged entries: tensors and small state, by key, in any rank's vault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_moetion.inbox.key import Key
+from megatron_moetion.snapshot import bundle
+
+
+class Entry(Protocol):
+    """What a vault hands out: raw bytes (uint8, CPU) and their JSON description."""
+
+    @property
+    def data(self) -> torch.Tensor: ...
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+
+
+class Store(Protocol):
+    """The part of the vault that the inbox needs; see `megatron_moetion.vault.client`."""
+
+    def put(self, key: str, data: torch.Tensor, meta: dict[str, Any]) -> None: ...
+
+    def fetch(self, global_rank: int, key: str) -> Entry | None: ...
+
+
+class InboxLog:
+    """Writes this rank's entries, reads anybody's."""
+
+    def __init__(self, store: Store, global_rank: int, device: torch.device | str = "cpu") -> None:
+        self._store, self._global_rank, self._device = store, global_rank, device
+
+    def write(self, key: Key, tensors: Sequence[torch.Tensor]) -> None:
+        """Logs tensors. Once this returns, the caller may overwrite or free the sources."""
+        self.write_state(key, [t.detach() for t in tensors])
+
+    def read(self, key: Key, global_ranks: Iterable[int]) -> list[torch.Tensor] | None:
+        """Fresh copies of the logged tensors from the first of these ranks that has them, or None."""
+        found = self.read_state(key, global_ranks)
+        assert found is None or isinstance(found, list)
+        return found
+
+    def write_state(self, key: Key, state: Any) -> None:
+        """Logs nested containers of tensors and scalars (see `snapshot.bundle`).
+
+        Raises:
+            bundle.Unsupported: naming a value that cannot be logged.
+        """
+        meta, data = bundle.pack(state)
+        self._store.put(str(key), data, meta)
+
+    def read_state(self, key: Key, global_ranks: Iterable[int] | None = None) -> Any:
+        """The logged state, or None when none of these ranks (default: this one) has it."""
+        for rank in (self._global_rank,) if global_ranks is None else global_ranks:
+            entry = self._store.fetch(rank, str(key))
+            if entry is not None:
+                return bundle.unpack(entry.meta, entry.data, self._device)
+        return None

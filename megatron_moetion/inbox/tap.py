@@ -1,0 +1,278 @@
+"""Where a stage's inputs pass: logged in training, fed back in replay.
+
+Three taps share one cursor: collectives, pipeline boundaries, data batches. What they decide depends only on the
+cursor (iteration, progress, mode) and on whether the group crosses stages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_moetion.inbox.key import BatchKey, BoundaryKey, CollectiveKey, Direction
+from megatron_moetion.inbox.log import InboxLog
+from megatron_moetion.recovery.failure import MissingFromInbox, is_communication_error
+from megatron_moetion.recovery.plan import Progress
+from megatron_moetion.recovery.regroup import GroupRecorder
+from megatron_moetion.topology import Topology
+
+
+class Mode(Enum):
+    """OFF: pass through (set-up, evaluation, saving). LIVE: log. REPLAY: feed from the log."""
+
+    OFF = 0
+    LIVE = 1
+    REPLAY = 2
+
+
+@dataclass
+class Cursor:
+    """Where this rank is, as the taps see it.
+
+    Attributes:
+        mode: what the taps do.
+        iteration: the iteration that entries are logged under.
+        progress: how far inside it; from AFTER_STEP on every collective is small talk: logged and repeatable.
+        refeed: the iteration whose small talk was cut by a failure: results that a peer already has are taken
+            from its log instead of asking peers that have moved on.
+        counts: entries so far in this iteration, by kind and place.
+    """
+
+    mode: Mode = Mode.OFF
+    iteration: int = 0
+    progress: Progress = Progress.RETURNED
+    refeed: int = -1
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def take(self, place: str) -> int:
+        """The next ordinal at a place."""
+        ordinal = self.counts[place]
+        self.counts[place] += 1
+        return ordinal
+
+    @property
+    def small_talk(self) -> bool:
+        return self.progress.order >= Progress.AFTER_STEP.order
+
+
+class Gate(Protocol):
+    """What a tap asks of the session when a peer is lost."""
+
+    def await_commit(self, error: Exception) -> None:
+        """Returns when others passed this iteration's commit point; raises Interrupted otherwise."""
+
+    def pause(self, error: Exception) -> None:
+        """Recovers in place; returns when the job goes on."""
+
+    def reached(self, place: str) -> None:
+        """A fault may fire here."""
+
+
+# The arguments of each collective that hold its results.
+_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "all_reduce": ("tensor",),
+    "broadcast": ("tensor",),
+    "reduce": ("tensor",),
+    "barrier": (),
+    "all_gather": ("tensor_list",),
+    "all_gather_into_tensor": ("output_tensor",),
+    "_all_gather_base": ("output_tensor",),
+    "reduce_scatter_tensor": ("output",),
+}
+COLLECTIVES = tuple(_OUTPUTS)
+UNLOGGED_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather", "scatter", "all_to_all")
+"""Collectives whose results are not logged: across stages inside a training step they are refused by name."""
+
+
+class CollectiveTap:
+    """Logs and feeds collectives that cross stages, and all small talk after the optimizer step."""
+
+    def __init__(self, cursor: Cursor, log: InboxLog, topology: Topology, groups: GroupRecorder, gate: Gate) -> None:
+        self._cursor, self._log, self._topology = cursor, log, topology
+        self._groups, self._gate = groups, gate
+        self._members: dict[str, tuple[int, ...]] = {}
+        self._signatures: dict[str, inspect.Signature] = {}
+        self.world_passed = False
+
+    def pass_world(self, device: torch.device) -> None:
+        """Passes a world-wide barrier, unless a collective of the whole world was met since `world_passed` fell.
+
+        With the distributed optimizer the gradient norm is one (design section 6).
+        """
+        if not self.world_passed:
+            dist.all_reduce(torch.zeros(1, device=device))
+            self.world_passed = True
+
+    def forget(self) -> None:
+        """Group objects have changed; members are the same, so nothing else is kept of them."""
+        self._members.clear()
+
+    def members(self, name: str, group: Any) -> tuple[int, ...]:
+        """Global ranks of a group; empty when this rank is not a member."""
+        if name not in self._members:
+            outside = group is not None and not isinstance(group, dist.ProcessGroup)
+            ranks = () if outside else tuple(dist.get_process_group_ranks(group))
+            self._members[name] = ranks
+        return self._members[name]
+
+    def call(self, name: str, host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands around one torch.distributed function."""
+        if self._cursor.mode is Mode.OFF:
+            return host(*args, **kwargs)
+        bound = self._bind(name, host, args, kwargs)
+        group = bound.arguments.get("group")
+        label = self._groups.name(group)
+        members = self.members(label, self._groups.current(group))
+        crosses = self._topology.spans_stages(members) if members else False
+        ours = len(members) > 1 and (crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE))
+        if not ours or name not in _OUTPUTS:
+            if ours and crosses and not self._cursor.small_talk:
+                raise MissingFromInbox(f"{name} on group {label} {members} crosses stages and cannot be logged")
+            return self._run(host, bound)
+        if bound.arguments.get("async_op"):
+            raise MissingFromInbox(f"asynchronous {name} on group {label} {members} cannot be logged")
+        key = CollectiveKey(self._cursor.iteration, label, self._cursor.take(f"collective/{label}"))
+        outputs = _tensors(name, bound)
+        if self._cursor.mode is Mode.REPLAY or self._cursor.refeed == self._cursor.iteration:
+            if self._feed(key, outputs, members):
+                self._seen(members)
+                return None
+            if self._cursor.mode is Mode.REPLAY:
+                raise MissingFromInbox(
+                    f"replay of iteration {key.iteration} met {name} number {key.ordinal} on group {label} "
+                    f"{list(members)}, which nobody logged"
+                )
+        if not self._cursor.small_talk:
+            self._gate.reached("norm")
+        result = self._live(key, host, bound, outputs, members)
+        self._seen(members)
+        return result
+
+    def _seen(self, members: tuple[int, ...]) -> None:
+        self.world_passed = self.world_passed or len(members) == self._topology.world_size
+
+    def _live(self, key: CollectiveKey, host: Callable[..., Any], bound: inspect.BoundArguments,
+              outputs: Sequence[torch.Tensor], members: tuple[int, ...]) -> Any:  # fmt: skip
+        repeatable = self._cursor.progress is not Progress.BEFORE_COMMIT
+        before = [t.clone() for t in outputs] if repeatable else []
+        while True:
+            try:
+                result = self._run(host, bound)
+            except Exception as error:
+                if not is_communication_error(error):
+                    raise
+                (self._gate.pause if repeatable else self._gate.await_commit)(error)
+            else:
+                break
+            if self._feed(key, outputs, members):
+                result = None
+                break
+            if not repeatable:
+                raise MissingFromInbox(f"iteration {key.iteration} is committed, but nobody holds {key}")
+            for tensor, value in zip(outputs, before, strict=True):
+                tensor.copy_(value)
+        self._log.write(key, outputs)
+        return result
+
+    def _run(self, host: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        if "group" in bound.arguments:
+            bound.arguments["group"] = self._groups.current(bound.arguments["group"])
+        return host(*bound.args, **bound.kwargs)
+
+    def _feed(self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]) -> bool:
+        mine = self._topology.global_rank
+        logged = self._log.read(key, [mine, *(r for r in members if r != mine)])
+        if logged is None:
+            return False
+        with torch.no_grad():
+            for tensor, value in zip(outputs, logged, strict=True):
+                tensor.copy_(value)
+        return True
+
+    def _bind(self, name: str, host: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+        if name not in self._signatures:
+            self._signatures[name] = inspect.signature(host)
+        return self._signatures[name].bind(*args, **kwargs)
+
+
+def _tensors(name: str, bound: inspect.BoundArguments) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for argument in _OUTPUTS[name]:
+        value = bound.arguments[argument]
+        found.extend(value if isinstance(value, (list, tuple)) else [value])
+    return found
+
+
+class BoundaryTap:
+    """Logs what this rank sends over a stage edge; in replay, receives come from the neighbours' logs.
+
+    In replay nothing is sent: the neighbours that wait have it already.
+    """
+
+    def __init__(self, cursor: Cursor, log: InboxLog, topology: Topology) -> None:
+        self._cursor, self._log, self._topology = cursor, log, topology
+
+    def sent(self, direction: Direction, tensor: torch.Tensor | None) -> None:
+        """Logs one tensor that is being sent. The caller may free it once this returns."""
+        if tensor is not None and self._cursor.mode is not Mode.OFF:
+            ordinal = self._cursor.take(f"sent/{direction}")
+            self._log.write(BoundaryKey(self._cursor.iteration, direction, ordinal), [tensor])
+
+    def receive(self, direction: Direction) -> torch.Tensor:
+        """The next tensor that enters this stage in replay, on the training device, a fresh copy.
+
+        Raises:
+            MissingFromInbox: when its sender did not log it.
+        """
+        ordinal = self._cursor.take(f"received/{direction}")
+        key = BoundaryKey(self._cursor.iteration, direction, ordinal)
+        neighbours = self._topology.prev_ranks if direction is Direction.FORWARD else self._topology.next_ranks
+        sender = neighbours[self._topology.global_rank]
+        logged = self._log.read(key, [sender])
+        if logged is None:
+            raise MissingFromInbox(f"replay needs {key} of global rank {sender}, which is not in its log")
+        return logged[0]
+
+
+class BatchTap:
+    """Logs every batch drawn in a training step; draws it again from the log in replay and after an abort."""
+
+    def __init__(self, cursor: Cursor, log: InboxLog) -> None:
+        self._cursor, self._log = cursor, log
+        self._drawn: Counter[tuple[int, int]] = Counter()
+
+    def draw(self, chunk: int, draw: Callable[[], Any]) -> Any:
+        """Stands around `next` of a training data iterator."""
+        if self._cursor.mode is Mode.OFF or self._cursor.small_talk:
+            return draw()
+        iteration = self._cursor.iteration
+        key = BatchKey(iteration, chunk, self._cursor.take(f"batch/{chunk}"))
+        if self._cursor.mode is Mode.REPLAY or key.microbatch < self._drawn[iteration, chunk]:
+            batch = self._log.read_state(key)
+            if batch is None:
+                raise MissingFromInbox(f"replay needs {key}, which is not in this rank's log")
+            return batch
+        batch = draw()
+        self._log.write_state(key, batch)
+        self._drawn = Counter({(iteration, c): n for (i, c), n in self._drawn.items() if i == iteration})
+        self._drawn[iteration, chunk] = key.microbatch + 1
+        return batch
+
+
+@contextmanager
+def at(cursor: Cursor, mode: Mode, iteration: int, progress: Progress) -> Iterator[None]:
+    """Moves the cursor for a nested stretch (replay, evaluation) and puts everything back afterwards."""
+    before = (cursor.mode, cursor.iteration, cursor.progress, cursor.counts)
+    cursor.mode, cursor.iteration, cursor.progress, cursor.counts = mode, iteration, progress, Counter()
+    try:
+        yield
+    finally:
+        cursor.mode, cursor.iteration, cursor.progress, cursor.counts = before

@@ -1,0 +1,172 @@
+"""What exists before the model does: configuration, agent, vault, process groups, faults."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moetion.agent.link import AgentLink
+from megatron_moetion.agent.shelf import agent_vault
+from megatron_moetion.config import Config
+from megatron_moetion.events import EventLog
+from megatron_moetion.faults import Fault, Injector, parse
+from megatron_moetion.recovery.failure import Superseded
+from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
+from megatron_moetion.recovery.regroup import GroupRecorder
+from megatron_moetion.vault import LocalVault, Vault
+
+Notice = dict[str, Any]
+
+
+class Notices:
+    """The agent's notices of the current recovery, waited for by the training thread."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        self._epoch = 0
+        self._got: dict[str, Notice] = {}
+
+    def deliver(self, notice: Notice) -> None:
+        with self._changed:
+            if notice.get("epoch", self._epoch) > self._epoch:
+                self._epoch, self._got = notice["epoch"], {}
+            self._got[notice["op"]] = notice
+            self._changed.notify_all()
+
+    def failure(self, error: BaseException, handled: int) -> int:
+        """Waits for the failure notice that explains a communication error; returns its epoch.
+
+        Raises:
+            BaseException: the error itself, when no agent reports a failure in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._epoch > handled, self._timeout.total_seconds()):
+                raise error
+            return self._epoch
+
+    def wait(self, op: str, epoch: int) -> Notice:
+        """Waits for one notice of an epoch.
+
+        Raises:
+            Superseded: when a later failure starts another epoch.
+            TimeoutError: when the agent stays silent.
+        """
+        with self._changed:
+            ready = self._changed.wait_for(
+                lambda: self._epoch > epoch or op in self._got, self._timeout.total_seconds()
+            )
+            if self._epoch > epoch:
+                raise Superseded(f"epoch {self._epoch} began")
+            if not ready:
+                raise TimeoutError(
+                    f"moetion: no '{op}' from the agent in {self._timeout.total_seconds():.0f} s "
+                    "(--moetion-timeout) during recovery"
+                )
+            return self._got[op]
+
+
+def facts_of(notice: Notice) -> Facts:
+    """The plan's input out of a `facts` notice."""
+    frames = {
+        int(rank): tuple(
+            sorted((FrameInfo.from_meta(e["meta"]) for e in entries), key=lambda f: f.iteration)
+        )
+        for rank, entries in notice["frames"].items()
+    }
+    positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
+    return Facts(notice["epoch"], notice["committed"], tuple(notice["dead"]), positions, frames)
+
+
+@dataclass
+class Job:
+    """This worker's part in the job, from argument parsing on.
+
+    Attributes:
+        replacement: this process takes the place of a dead worker; it sets up on torch's fake process group.
+        fake: torch.distributed is still the fake group.
+    """
+
+    config: Config
+    global_rank: int
+    world_size: int
+    link: AgentLink | None
+    vault: Vault
+    groups: GroupRecorder
+    events: EventLog
+    injector: Injector
+    notices: Notices
+    replacement: bool
+    fake: bool = False
+    backend: str = "nccl"
+    group_timeout: timedelta = timedelta(minutes=10)
+    facts: Facts | None = None
+    store: dist.Store | None = None
+    hooks: list[Callable[[Notice], None]] = field(default_factory=list)
+
+    def on_notice(self, notice: Notice) -> None:
+        """Runs in the link's listener thread; must not block."""
+        self.notices.deliver(notice)
+        for hook in self.hooks:
+            hook(notice)
+
+    def send(self, op: str, **fields: Any) -> None:
+        """Tells the agent, if there is one."""
+        if self.link is not None:
+            self.link.send({"op": op, **fields})
+
+    def receive_facts(self, epoch: int) -> Facts:
+        self.facts = facts_of(self.notices.wait("facts", epoch))
+        return self.facts
+
+    def init_world(self, epoch: int) -> None:
+        """Initialises torch.distributed under a new epoch of the job's store."""
+        if self.store is None:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = dist.TCPStore(address, port, is_master=False, timeout=self.group_timeout)
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore(f"moetion/epoch/{epoch}", self.store),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self.group_timeout,
+        )
+
+
+def open_job(
+    config: Config, global_rank: int, world_size: int, on_map: Callable[[torch.Tensor], None] | None = None
+) -> Job:
+    """Connects to the agent of this node, or works without one (plain torchrun: capture and logging only).
+
+    Args:
+        on_map: called once with each new chunk of host memory, to register it as pinned memory.
+    """
+    link = AgentLink.connect()
+    replacement = os.environ.get("MOETION_REPLACEMENT", "0") == "1"
+    fired: list[int] = []
+    if link is not None:
+        hello = {"op": "hello", "global_rank": global_rank, "pid": os.getpid(), "replacement": replacement}
+        fired = link.request(hello)["fired"]
+    vault = LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
+    events = EventLog(config.dir, f"rank{global_rank}")
+
+    def on_fire(index: int, fault: Fault) -> None:
+        events.emit("fault", fault=str(fault), iteration=fault.iteration)
+        if link is not None:
+            link.send({"op": "fired", "index": index})
+
+    injector = Injector(parse(config.fault), global_rank, fired, on_fire)
+    job = Job(
+        config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
+        Notices(config.timeout), replacement, fake=replacement,
+    )  # fmt: skip
+    if link is not None:
+        link.listen(job.on_notice)
+    return job

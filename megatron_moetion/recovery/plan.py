@@ -1,0 +1,217 @@
+"""The recovery plan: a pure function of what survivors report and what the vaults hold.
+
+Every rank computes it from the same facts; equal digests prove that they agree (design section 7).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_moetion.topology import Topology
+
+
+class Progress(StrEnum):
+    """How far a rank is inside its current iteration. The order of members is the order of time."""
+
+    BEFORE_COMMIT = "before-commit"
+    STEPPING = "stepping"
+    AFTER_STEP = "after-step"
+    RETURNED = "returned"
+
+    @property
+    def order(self) -> int:
+        return list(Progress).index(self)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is.
+
+    Attributes:
+        iteration: the iteration it is in (or just returned from); 0 before the first.
+        progress: how far inside it.
+        committed: the newest iteration whose commit point it has passed.
+        logged: the newest iteration whose log line it has written.
+    """
+
+    iteration: int = 0
+    progress: Progress = Progress.RETURNED
+    committed: int = 0
+    logged: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "iteration": self.iteration,
+            "progress": self.progress.value,
+            "committed": self.committed,
+            "logged": self.logged,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> "Position":
+        numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged")}
+        return cls(progress=Progress(str(data["progress"])), **numbers)
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """What the plan needs to know of a sealed frame."""
+
+    iteration: int
+    full: frozenset[str]
+    light: frozenset[str]
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, object]) -> "FrameInfo":
+        full, light = (meta[k] for k in ("full", "light"))
+        assert isinstance(full, list) and isinstance(light, list)
+        return cls(int(str(meta["iteration"])), frozenset(full), frozenset(light))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The input of a plan.
+
+    Attributes:
+        epoch: generation of the process groups that the recovery creates.
+        committed: the iteration that counts as done everywhere.
+        dead: global ranks that are rebuilt by replacements.
+        positions: last known position of every rank; a dead rank's is the one it reported last.
+        frames: sealed frames of every rank, ascending by iteration.
+    """
+
+    epoch: int
+    committed: int
+    dead: tuple[int, ...]
+    positions: Mapping[int, Position]
+    frames: Mapping[int, tuple[FrameInfo, ...]]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How one failed stage is rebuilt.
+
+    Attributes:
+        pp_rank: the stage.
+        base: the iteration whose frame starts the reconstruction.
+        dense_at: the first iteration at which every operator on every rank has full state.
+        replay: the iterations that are run again, ascending; empty when the base itself is the end.
+    """
+
+    pp_rank: int
+    base: int
+    dense_at: int
+    replay: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What everybody does; `stages` has an entry for each failed stage, all others wait."""
+
+    epoch: int
+    committed: int
+    dead: tuple[int, ...]
+    stages: tuple[StagePlan, ...]
+
+    def stage(self, pp_rank: int) -> StagePlan | None:
+        return next((s for s in self.stages if s.pp_rank == pp_rank), None)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(repr(self).encode(), digest_size=8).hexdigest()
+
+    def __str__(self) -> str:
+        stages = "; ".join(
+            f"stage {s.pp_rank}: base {s.base}, replay "
+            + (f"{s.replay[0]}..{s.replay[-1]}" if s.replay else "nothing")
+            for s in self.stages
+        )
+        return f"epoch {self.epoch}, committed {self.committed}, dead {list(self.dead)}: {stages}"
+
+
+class NothingToRebuildFrom(RuntimeError):
+    """No sealed, complete base of a failed stage is left."""
+
+
+def needs_result(position: Position, committed: int) -> bool:
+    """Whether a rank of a failed stage must run the committed iteration again to have what it returns."""
+    return committed > 0 and position.iteration == committed and position.progress is not Progress.RETURNED
+
+
+def dense_from(frames: Sequence[FrameInfo], base: int, last: int) -> int | None:
+    """Where a reconstruction from `base` becomes dense, or None if it never does up to `last`.
+
+    Walks consecutive frames. At each, an operator must be full there, or have become full before, or be there
+    in light form.
+    """
+    by_iteration = {f.iteration: f for f in frames}
+    everything: frozenset[str] = frozenset()
+    full: frozenset[str] = frozenset()
+    for iteration in range(base, last + 1):
+        frame = by_iteration.get(iteration)
+        if frame is None:
+            return None
+        everything |= frame.full | frame.light
+        full |= frame.full
+        if everything - full - frame.light:
+            return None
+        if full == everything:
+            return iteration
+    return None
+
+
+def bases(frames: Sequence[FrameInfo], operators: frozenset[str], last: int) -> dict[int, int]:
+    """All bases that one rank could start from, with the iteration at which each becomes dense."""
+    found = {}
+    for frame in frames:
+        dense_at = dense_from(frames, frame.iteration, last)
+        if frame.iteration <= last and dense_at is not None:
+            covered = frozenset().union(
+                *(f.full for f in frames if frame.iteration <= f.iteration <= dense_at)
+            )
+            if covered >= operators:
+                found[frame.iteration] = dense_at
+    return found
+
+
+def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
+    ranks = topology.stage(pp_rank)
+    rerun = any(needs_result(facts.positions[r], facts.committed) for r in ranks)
+    last = facts.committed - 1 if rerun else facts.committed
+    candidates: dict[int, int] | None = None
+    for rank in ranks:
+        frames = facts.frames.get(rank, ())
+        operators: frozenset[str] = frozenset().union(*(f.full for f in frames))
+        mine = bases(frames, operators, last)
+        candidates = (
+            mine
+            if candidates is None
+            else {b: max(candidates[b], mine[b]) for b in candidates.keys() & mine.keys()}
+        )
+    if not candidates:
+        held = {r: [f.iteration for f in facts.frames.get(r, ())] for r in ranks}
+        raise NothingToRebuildFrom(
+            f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of frames is "
+            f"left (sealed frames by rank: {held}); restart from a Megatron checkpoint with --load"
+        )
+    base = max(candidates)
+    return StagePlan(pp_rank, base, candidates[base], tuple(range(base + 1, facts.committed + 1)))
+
+
+def make_plan(facts: Facts, topology: Topology) -> Plan:
+    """Decides which stages replay what.
+
+    Raises:
+        NothingToRebuildFrom: when a failed stage has no complete base on all of its ranks.
+    """
+    failed = sorted(topology.stages_of(facts.dead))
+    stages = tuple(_stage_plan(facts, topology, pp_rank) for pp_rank in failed)
+    return Plan(facts.epoch, facts.committed, tuple(sorted(facts.dead)), stages)
+
+
+def commit_point(positions: Iterable[Position]) -> int:
+    """The committed iteration: the furthest that any survivor has passed (design section 6)."""
+    return max((p.committed for p in positions), default=0)

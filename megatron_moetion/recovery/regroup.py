@@ -1,0 +1,171 @@
+"""In-place regroup: every process group is destroyed and made again under a new epoch.
+
+References to the old groups, wherever the host keeps them, are swapped for the new ones in one pass over the
+heap (one `gc.get_referrers` per group took seconds).
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+Group = Any
+"""A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the group."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a group was made, so that it can be made again; recipes keep creation order."""
+
+    ranks: tuple[int, ...] | None
+    options: Mapping[str, Any]
+
+
+class GroupRecorder:
+    """Remembers every process group in creation order.
+
+    Creation order is the same on every rank (a rule of torch.distributed), so a group's position in it names the
+    group across ranks: `name(group)`.
+    """
+
+    def __init__(self) -> None:
+        self._recipes: list[Recipe] = []
+        self._groups: list[Group] = []
+        self._stale: dict[int, tuple[Group, str]] = {}
+        self.rebuilding = False
+
+    def record(self, group: Group, ranks: list[int] | None, options: Mapping[str, Any]) -> None:
+        """Called after `new_group` returned `group`."""
+        self._recipes.append(Recipe(None if ranks is None else tuple(ranks), dict(options)))
+        self._groups.append(group)
+
+    def name(self, group: Group | None) -> str:
+        """`world`, or `g<position>`; stable over epochs.
+
+        Raises:
+            KeyError: for a group that was not made through the recorded function.
+        """
+        if group is None or group is dist.group.WORLD:
+            return "world"
+        if id(group) in self._stale:
+            return self._stale[id(group)][1]
+        for position, known in enumerate(self._groups):
+            if known is group:
+                return f"g{position}"
+        raise KeyError("a process group that was not created by torch.distributed.new_group")
+
+    def described(self, description: str) -> list[tuple[int, ...]]:
+        """Members of all groups that were made with this `group_desc`, in creation order."""
+        return [r.ranks or () for r in self._recipes if r.options.get("group_desc") == description]
+
+    def current(self, group: Group | None) -> Group | None:
+        """Translates a group of an earlier epoch, still held by a paused call, to its successor."""
+        if group is None or id(group) not in self._stale:
+            return group
+        name = self._stale[id(group)][1]
+        return dist.group.WORLD if name == "world" else self._groups[int(name[1:])]
+
+    def live(self) -> list[Group]:
+        """Groups that this rank is a member of, the world first."""
+        members = [g for g in self._groups if isinstance(g, dist.ProcessGroup)]
+        world = [dist.group.WORLD] if dist.is_initialized() else []
+        return world + members
+
+    def rebuild(self, init_world: Callable[[], None]) -> int:
+        """Destroys all groups, makes them again, swaps references. Collective over the whole job.
+
+        Args:
+            init_world: initialises torch.distributed under the new epoch.
+
+        Returns:
+            The number of references that were swapped.
+        """
+        old_world = dist.group.WORLD
+        old = [old_world, *self._groups]
+        named = [(g, self.name(g)) for g in old if isinstance(g, dist.ProcessGroup)]
+        self._stale |= {id(g): (g, name) for g, name in named}
+        self.rebuilding = True
+        dist.destroy_process_group()
+        init_world()
+        fresh = [
+            dist.new_group(ranks=None if r.ranks is None else list(r.ranks), **r.options)
+            for r in self._recipes
+        ]
+        self.rebuilding = False
+        self._groups = fresh
+        pairs = {
+            id(o): (o, n)
+            for o, n in zip(old, [dist.group.WORLD, *fresh], strict=True)
+            if isinstance(o, dist.ProcessGroup)
+        }
+        keep = [old, named, self._stale, *self._stale.values(), *named]
+        return swap_references(pairs, keep)
+
+
+def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] = ()) -> int:
+    """Replaces objects in all dicts, lists, sets, cells and attributes of the heap; one pass.
+
+    Args:
+        pairs: by `id(old)`: (old, new).
+        keep: holders that go on referring to the old groups.
+
+    Returns:
+        The number of references swapped. Tuples and frames are left alone: they belong to calls under way, whose
+        groups are translated when used (`GroupRecorder.current`).
+    """
+    own = {id(pairs), id(keep)} | {id(p) for p in pairs.values()} | {id(k) for k in keep}
+    swapped = 0
+    for holder in gc.get_objects():
+        if id(holder) in own or isinstance(holder, (types.FrameType, type)):
+            continue
+        for referent in gc.get_referents(holder):
+            if id(referent) in pairs:
+                swapped += _swap_in(holder, pairs)
+                break
+        # The collector does not track dicts without trackable values, and groups are no such values.
+        for referent in gc.get_referents(holder):
+            if type(referent) is dict and not gc.is_tracked(referent) and id(referent) not in own:
+                swapped += _swap_in(referent, pairs)
+    return swapped
+
+
+def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:
+    def new(value: Any) -> Any:
+        return pairs[id(value)][1] if id(value) in pairs else value
+
+    if isinstance(holder, dict):
+        hits = [k for k, v in holder.items() if id(k) in pairs or id(v) in pairs]
+        for key in hits:
+            value = holder.pop(key)
+            holder[new(key)] = new(value)
+        return len(hits)
+    if isinstance(holder, list):
+        hits_at = [i for i, v in enumerate(holder) if id(v) in pairs]
+        for index in hits_at:
+            holder[index] = new(holder[index])
+        return len(hits_at)
+    if isinstance(holder, set):
+        found = [v for v in holder if id(v) in pairs]
+        for value in found:
+            holder.remove(value)
+            holder.add(new(value))
+        return len(found)
+    if isinstance(holder, types.CellType):
+        holder.cell_contents = new(holder.cell_contents)
+        return 1
+    if isinstance(holder, tuple):
+        # A tuple cannot be changed; those met are arguments of calls that are being unwound.
+        return 0
+    attributes = getattr(holder, "__dict__", None)
+    if not isinstance(attributes, dict):
+        return 0
+    hits_in = [k for k, v in attributes.items() if id(v) in pairs]
+    for key in hits_in:
+        object.__setattr__(holder, key, new(attributes[key]))
+    return len(hits_in)
+

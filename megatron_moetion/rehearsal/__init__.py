@@ -1,0 +1,79 @@
+"""Rehearsal: the real training loop on CPU with gloo.
+
+The host asks CUDA for devices, streams, generators and memory figures. Here each of those
+questions gets an answer from the CPU, in this process only, so that the loop, its collectives and
+its pipeline schedule run as they are. Each module stands in for one family of calls:
+
+=================  ==============================================================================
+``devices``        how many devices there are, which is current, their properties and memory
+``streams``        streams, events, profiler ranges: the CPU runs in program order
+``rng``            the device's generator is the CPU's
+``device_strings`` ``"cuda"`` as a device name, and tensor methods that move to a device
+``collectives``    gloo where NCCL was asked for
+``compilation``    eager execution where kernels would be compiled
+=================  ==============================================================================
+
+What is measured in a rehearsal is never called GPU performance.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+from megatron_moetion.rehearsal import collectives, compilation, device_strings, devices, rng, streams
+
+PLATFORM_VARIABLE = "MOETION_PLATFORM"
+
+CPU: tuple[Callable[[], None], ...] = (
+    devices.install,
+    streams.install,
+    rng.install,
+    device_strings.install,
+    collectives.install,
+    compilation.install,
+)
+"""Everything a process without a GPU needs."""
+
+SHARED_GPU: tuple[Callable[[], None], ...] = (devices.share_one, collectives.install)
+"""Several ranks on one real GPU, which NCCL refuses: gloo, and every rank on device 0."""
+
+_installed: set[Callable[[], None]] = set()
+
+
+def wanted() -> bool:
+    """Whether this process is to rehearse.
+
+    ``MOETION_PLATFORM`` decides when set (``cpu`` or ``cuda``); otherwise a machine without a
+    visible GPU rehearses. The GPUs are counted without initialising CUDA.
+
+    Raises:
+        ValueError: ``MOETION_PLATFORM`` holds something else.
+    """
+    platform = os.environ.get(PLATFORM_VARIABLE, "")
+    if platform not in ("", "cpu", "cuda"):
+        raise ValueError(f"{PLATFORM_VARIABLE}={platform!r}: set it to cpu or cuda, or unset it")
+    if platform or _installed:
+        return platform == "cpu" or (not platform and devices.install in _installed)
+    return devices.visible_gpus() == 0
+
+
+def install(stand_ins: Sequence[Callable[[], None]] = CPU) -> None:
+    """Put the stand-ins in place; those that already are stay as they are.
+
+    To be called before the host is imported: it binds some of these functions by name.
+
+    Args:
+        stand_ins: ``CPU``, ``SHARED_GPU`` or a selection of their members.
+    """
+    if _installed.issuperset(stand_ins):
+        return
+    for stand_in in stand_ins:
+        if stand_in not in _installed:
+            stand_in()
+            _installed.add(stand_in)
+    if os.environ.get("RANK", "0") == "0":
+        names = ", ".join(stand_in.__module__.rpartition(".")[2] for stand_in in stand_ins)
+        print(
+            f"moetion: rehearsal, not a GPU run: the CPU and gloo stand in for {names}; "
+            "no time or memory figure of this run says anything about a GPU",
+            flush=True,
+        )

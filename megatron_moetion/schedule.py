@@ -1,0 +1,103 @@
+"""The capture schedule: which operators are captured in full in which iteration. Pure.
+
+Paper section 3.5 (Algorithm 1: order, window, slots); the rolling policy is ours (design section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_moetion.operators import Kind
+
+
+class WindowPolicy(StrEnum):
+    """`rolling`: every operator is in every frame; `tumbling`: nothing after its full capture in a window."""
+
+    ROLLING = "rolling"
+    TUMBLING = "tumbling"
+
+
+AUTO_WINDOW = 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the schedule needs to know of an operator; `numel` counts whole parameters."""
+
+    name: str
+    kind: Kind
+    numel: int
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """What one frame holds; names in capture order."""
+
+    full: tuple[str, ...]
+    light: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Slots of operators; slot k of a window is captured in full in its k-th frame.
+
+    Attributes:
+        policy: rolling or tumbling.
+        slots: operator names by slot; every operator is in exactly one slot.
+    """
+
+    policy: WindowPolicy
+    slots: tuple[tuple[str, ...], ...]
+
+    @property
+    def window(self) -> int:
+        return len(self.slots)
+
+    def slot_of(self, iteration: int) -> int:
+        """Iteration 1 opens the first window; iteration 0 is the dense frame of the starting state."""
+        return (iteration - 1) % self.window
+
+    def frame(self, iteration: int) -> FramePlan:
+        """What the frame of `iteration` (>= 1) captures."""
+        slot = self.slot_of(iteration)
+        first_light = 0 if self.policy is WindowPolicy.ROLLING else slot + 1
+        light = [n for k, names in enumerate(self.slots) if k >= first_light and k != slot for n in names]
+        return FramePlan(self.slots[slot], tuple(light))
+
+    @property
+    def frames_kept(self) -> int:
+        """How many newest frames a rank keeps, so that a base exists at any instant.
+
+        Two more than a base and its catch-up need: peers may have sealed one frame less, and the next may
+        already be under way.
+        """
+        return self.window * (1 if self.policy is WindowPolicy.ROLLING else 2) + 2
+
+
+def order(units: Sequence[Unit], popularity: Mapping[str, float] | None = None) -> tuple[Unit, ...]:
+    """Capture order: coldest experts first, then the rest, routers and layers last (paper section 3.5).
+
+    An operator captured late stays frozen longer in replay, and a frozen one is cheaper, so the expensive ones
+    come last. Ties are broken by name: data-parallel peers must agree.
+    """
+    counts = popularity or {}
+    rank = {kind: index for index, kind in enumerate(Kind)}
+    return tuple(sorted(units, key=lambda u: (rank[u.kind], counts.get(u.name, 0.0), u.name)))
+
+
+def generate(units: Sequence[Unit], window: int, policy: WindowPolicy) -> Schedule:
+    """Cuts ordered operators into `window` consecutive slots, balanced by parameters, not by count.
+
+    Slots may be empty when there are fewer operators than frames in a window, which keeps windows of all stages
+    aligned.
+    """
+    total = sum(u.numel for u in units)
+    slots: list[list[str]] = [[] for _ in range(window)]
+    before = 0
+    for unit in units:
+        middle = before + unit.numel / 2
+        slots[min(window - 1, int(middle * window / total) if total else 0)].append(unit.name)
+        before += unit.numel
+    return Schedule(policy, tuple(tuple(s) for s in slots))

@@ -1,0 +1,412 @@
+"""One worker's training session: the order of things in a training step, and what happens when a peer is lost.
+
+The session decides nothing about state or plans; it moves the cursor, calls capture, and walks a plan.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_moetion.host import Host
+from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
+from megatron_moetion.inbox.log import InboxLog
+from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
+from megatron_moetion.job import Job, Notice
+from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.recovery.plan import Facts, NothingToRebuildFrom, Plan, Position, Progress, StagePlan, make_plan, needs_result
+from megatron_moetion.recovery.rebuild import Frames, Rebuild
+from megatron_moetion.schedule import FramePlan, Schedule
+from megatron_moetion.snapshot.frame import copy_in, layout, sources, to_meta
+from megatron_moetion.topology import Topology
+
+
+class StopReplay(Exception):
+    """Ends a replayed training step after its optimizer step: this rank has been through the rest of it."""
+
+
+class Session:
+    """Protects the training steps of one worker.
+
+    Two threads meet here: training, and the listener of the agent's notices. `_lock` guards the position and the
+    freeze: a commit point is passed either before a freeze or not at all.
+    """
+
+    def __init__(self, job: Job, topology: Topology, host: Host, schedule: Schedule) -> None:
+        self.job, self.topology, self.host, self.schedule = job, topology, host, schedule
+        self.cursor = Cursor()
+        self.log = InboxLog(job.vault, job.global_rank, host.device)
+        self.collectives = CollectiveTap(self.cursor, self.log, topology, job.groups, self)
+        self.boundaries = BoundaryTap(self.cursor, self.log, topology)
+        self.batches = BatchTap(self.cursor, self.log)
+        self.frames = Frames(host, job.vault, job.global_rank)
+        self._operators = {o.name: o for o in host.operators}
+        self._lock = threading.RLock()
+        self._position = Position()
+        self._frozen = 0
+        self._handled = 0
+        self._verdict: int | None = None
+        self._dead: tuple[int, ...] = ()
+        self._settled = True
+        self._rebuild: Rebuild | None = None
+        self._run_on = False
+        self._plan: Plan | None = None
+        self._result: tuple[Any] | None = None
+        job.hooks.append(self._on_notice)
+
+    # -- position -------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        return self._position
+
+    def _move(self, position: Position) -> None:
+        with self._lock:
+            self._position = position
+            self.cursor.iteration, self.cursor.progress = position.iteration, position.progress
+            self.job.send("position", position=position.to_json())
+            if self._frozen and not self._settled and position.progress.order >= Progress.AFTER_STEP.order:
+                self._settle()
+
+    def _settle(self) -> None:
+        self._settled = True
+        self.job.send("settled", epoch=self._frozen)
+
+    def reached(self, place: str, microbatch: int | None = None) -> None:
+        """A scripted fault may fire here; only in training, never in replay."""
+        if self.cursor.mode is Mode.LIVE:
+            # The gather of step i may run inside iteration i + 1, overlapped with its forward passes.
+            gather = place == "param-gather"
+            iteration = self._position.committed if gather else self._position.iteration
+            self.job.injector.reach(place, iteration, microbatch)
+
+    # -- one training step ----------------------------------------------------------------------------------
+
+    def begin(self, iteration: int) -> None:
+        """Start of an iteration, first time or again after an abort."""
+        self.cursor.counts = Counter()
+        self.cursor.mode = Mode.LIVE
+        key = HeaderKey(iteration)
+        known = self.log.read_state(key) if self._position.iteration == iteration else None
+        if known is None:
+            self.log.write_state(key, self.host.start_state())
+        else:
+            self.host.load_start_state(known)
+        self.job.vault.drop(iteration - self.schedule.frames_kept)
+        self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
+        self.reached("start")
+
+    def train_step(self, iteration: int, run: Callable[[], Any]) -> Any:
+        """Stands around the host's training step.
+
+        Args:
+            iteration: the iteration, from 1.
+            run: runs the host's training step once.
+        """
+        while True:
+            self.begin(iteration)
+            try:
+                result = run()
+            except Exception as error:
+                self._give_up(error)
+                if self._result is not None:
+                    return self._take_result()
+            else:
+                return self._finish(iteration, result)
+
+    def _finish(self, iteration: int, result: Any) -> Any:
+        state = {"result": list(result), "state": self.host.start_state()}
+        self.log.write_state(ResultKey(iteration), state)
+        self._move(replace(self._position, progress=Progress.RETURNED))
+        self.reached("end")
+        return result
+
+    def _take_result(self) -> Any:
+        assert self._result is not None
+        (result,), self._result = self._result, None
+        return result
+
+    def logged(self, iteration: int) -> None:
+        """The log line of an iteration has been written."""
+        self._move(replace(self._position, logged=iteration))
+
+    # -- the optimizer step and the commit point ----------------------------------------------------------------
+
+    def optimizer_step(self, run: Callable[[], Any]) -> Any:
+        """Stands around the outermost optimizer's step."""
+        if self.cursor.mode is Mode.OFF:
+            return run()
+        self.collectives.world_passed = False
+        result = run()
+        iteration = self.cursor.iteration
+        if self.cursor.mode is Mode.REPLAY:
+            self._replayed(iteration)
+            return result
+        if self._position.committed < iteration:
+            self.commit()
+        self.capture(iteration, self.schedule.frame(iteration))
+        self._move(replace(self._position, progress=Progress.AFTER_STEP))
+        return result
+
+    def commit(self) -> None:
+        """Right before the first parameter changes: every rank holds its final gradients (design section 6)."""
+        if self.cursor.mode is Mode.REPLAY:
+            self.host.drop_frozen_gradients()
+            return
+        if self.cursor.mode is Mode.OFF or self._position.committed == self.cursor.iteration:
+            return
+        self.collectives.pass_world(self.host.device)
+        with self._lock:
+            frozen = self._frozen
+            if not frozen:
+                self._commit_now()
+        if frozen:
+            self.await_commit(Interrupted("a peer was lost at the commit point"))
+            with self._lock:
+                self._commit_now()
+
+    def _commit_now(self) -> None:
+        i = self.cursor.iteration
+        self._move(replace(self._position, progress=Progress.STEPPING, committed=i))
+
+    def capture(self, iteration: int, plan: FramePlan) -> None:
+        """Captures and seals this rank's frame of an iteration."""
+        entries = list(sources(plan, self._operators, self.host.buffers()))
+        pieces, nbytes = layout(entries)
+        key = str(FrameKey(iteration))
+        data = self.job.vault.reserve(key, nbytes)
+        half = len(entries) // 2
+        copy_in(entries[:half], pieces[:half], data)
+        self.reached("capture")
+        copy_in(entries[half:], pieces[half:], data)
+        self.job.vault.seal(key, to_meta(iteration, plan, pieces))
+
+    def protect(self, iteration: int) -> None:
+        """Takes the dense frame of the starting state: protection begins before the first step."""
+        everything = tuple(n for slot in self.schedule.slots for n in slot)
+        self.capture(iteration, FramePlan(everything, ()))
+        self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
+        self._move(Position(iteration + 1, Progress.BEFORE_COMMIT, iteration, iteration))
+
+    # -- notices (listener thread) ------------------------------------------------------------------------------
+
+    def _on_notice(self, notice: Notice) -> None:
+        op = notice["op"]
+        if op == "freeze":
+            with self._lock:
+                self._frozen, self._verdict, self._settled = notice["epoch"], None, False
+                self._dead = tuple(notice["dead"])
+                position = self._position
+            if self.job.global_rank in self._dead:
+                self._abort(lambda members: True)
+            else:
+                self.job.send("report", epoch=notice["epoch"], position=position.to_json())
+        elif op == "verdict":
+            self._on_verdict(notice["committed"])
+        elif op == "abort":
+            self._abort(lambda members: True)
+
+    def _on_verdict(self, committed: int) -> None:
+        failed = self._stage_failed()
+        with self._lock:
+            self._verdict = committed
+            p = self._position
+            finishing = p.iteration == committed and p.progress.order < Progress.AFTER_STEP.order
+            if not (finishing and not failed) and not self._settled:
+                self._settle()
+        # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is cut.
+        self._abort(lambda members: failed or self.topology.spans_stages(members))
+
+    def _stage_failed(self) -> bool:
+        return self.topology.pp_rank in self.topology.stages_of(self._dead)
+
+    def _abort(self, which: Callable[[tuple[int, ...]], bool]) -> None:
+        for group in self.job.groups.live():
+            if which(tuple(dist.get_process_group_ranks(group))):
+                group.abort()
+
+    # -- a peer is lost (training thread) -----------------------------------------------------------------------
+
+    def await_commit(self, error: Exception) -> None:
+        """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
+        epoch = self.job.notices.failure(error, self._handled)
+        committed = self.job.notices.wait("verdict", epoch)["committed"]
+        if committed < self.cursor.iteration or self._stage_failed():
+            raise Interrupted(f"iteration {self.cursor.iteration} is given up") from error
+
+    def pause(self, error: Exception) -> None:
+        """See `inbox.tap.Gate`: a rank past its step waits inside its collective."""
+        with self._lock:
+            if self._frozen and not self._settled and self._verdict is not None:
+                self._settle()
+        saved = self.host.live_state()
+        counts = self.cursor.counts
+        self._recover(error)
+        self.cursor.counts = counts
+        if self._stage_failed():
+            self.host.load_live_state(saved)
+        self.cursor.refeed = self.cursor.iteration
+
+    def _give_up(self, error: Exception) -> None:
+        """The iteration is unwound: recover; afterwards it is run again, or its result is at hand."""
+        if not is_communication_error(error):
+            raise error
+        self.job.notices.failure(error, self._handled)
+        # The traceback holds the activations of the iteration that is given up.
+        traceback.clear_frames(error.__traceback__)
+        self.host.reset_after_abort()
+        self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        while True:
+            epoch = self.job.notices.failure(error, self._handled)
+            try:
+                self.job.notices.wait("abort", epoch)
+                self.job.send("quiesced", epoch=epoch)
+                self._carry_out(self.job.receive_facts(epoch))
+                return
+            except Exception as again:
+                self._only_superseded(again, epoch)
+
+    def _only_superseded(self, error: Exception, epoch: int) -> None:
+        """Passes when recovery was cut short by another failure; anything else is raised again."""
+        if isinstance(error, Superseded):
+            return
+        if not is_communication_error(error):
+            raise error
+        self.job.notices.failure(error, epoch)
+        self.host.reset_after_abort()
+
+    def join(self, iteration: int) -> Any:
+        """A replacement enters training: its first training step is the one the dead worker was in.
+
+        Returns:
+            A one-tuple with the step's result, or None when the iteration is to be run as usual.
+        """
+        facts = self.job.facts
+        assert facts is not None
+        self._position = facts.positions[self.job.global_rank]
+        self._dead = facts.dead
+        self.cursor.iteration = self._position.iteration
+        while True:
+            try:
+                self._carry_out(facts)
+                break
+            except Exception as error:
+                self._only_superseded(error, facts.epoch)
+            facts = self._next_facts(facts.epoch)
+        if self._result is not None:
+            return (self._take_result(),)
+        if iteration == facts.committed:
+            state = self.log.read_state(ResultKey(iteration))
+            self.host.load_start_state(state["state"])
+            self.cursor.mode, self.cursor.refeed = Mode.LIVE, iteration
+            self._move(self._position)
+            return (tuple(state["result"]),)
+        return None
+
+    def _next_facts(self, epoch: int) -> Facts:
+        epoch = self.job.notices.failure(Interrupted("superseded"), epoch)
+        facts = self.job.receive_facts(epoch)
+        self._dead = facts.dead
+        return facts
+
+    def _carry_out(self, facts: Facts) -> None:
+        """Regroup, rebuild if this stage failed, and wait until everybody can go on."""
+        try:
+            plan = make_plan(facts, self.topology)
+        except NothingToRebuildFrom as error:
+            self.job.send("hopeless", reason=str(error))
+            raise
+        self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
+        swapped = self.job.groups.rebuild(lambda: self.job.init_world(plan.epoch))
+        self.collectives.forget()
+        self._agree(plan)
+        self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
+        stage = plan.stage(self.topology.pp_rank)
+        self.cursor.refeed = plan.committed
+        if stage is None:
+            self._joined(plan, replayed=0)
+        else:
+            self._walk(plan, stage)
+
+    def _agree(self, plan: Plan) -> None:
+        """Plans are pure; that all ranks made the same one is still checked, not assumed."""
+        assert self.job.store is not None
+        store = dist.PrefixStore(f"moetion/plan/{plan.epoch}", self.job.store)
+        agreed = store.compare_set("digest", "", plan.digest).decode()
+        if agreed != plan.digest:
+            raise RuntimeError(f"recovery plans differ between ranks: {agreed} and {plan.digest} ({plan})")
+
+    def _joined(self, plan: Plan, replayed: int) -> None:
+        self.job.send("joined", epoch=plan.epoch, digest=plan.digest, replayed=replayed)
+        self.job.notices.wait("resume", plan.epoch)
+        with self._lock:
+            self._handled, self._frozen, self._verdict = plan.epoch, 0, None
+        self.job.events.emit("resumed", epoch=plan.epoch, replayed=replayed, iteration=plan.committed)
+
+    def _walk(self, plan: Plan, stage: StagePlan) -> None:
+        self._run_on = needs_result(self._position, plan.committed)
+        capture = lambda i: self.capture(i, self.schedule.frame(i))  # noqa: E731
+        self._rebuild = Rebuild(stage, self.host, self.frames, self.log, capture)
+        before = replace(self.cursor)
+        self._plan = plan
+        try:
+            self.cursor.mode = Mode.REPLAY
+            self._rebuild.load_base()
+            self.job.events.emit("restored", epoch=plan.epoch, base=stage.base)
+            for iteration in stage.replay:
+                self._replay(iteration)
+            if not self._run_on:
+                self._end_replay()
+        finally:
+            self._rebuild = None
+            if not self._run_on:
+                self.cursor.__dict__.update(before.__dict__)
+        if not self._run_on:
+            self._joined(plan, len(stage.replay))
+
+    def _replay(self, iteration: int) -> None:
+        assert self._rebuild is not None
+        self.cursor.mode = Mode.REPLAY
+        self.cursor.iteration, self.cursor.progress = iteration, Progress.BEFORE_COMMIT
+        self.cursor.counts = Counter()
+        self._rebuild.start(iteration)
+        try:
+            result = self.host.run_step(iteration)
+        except StopReplay:
+            return
+        self.job.events.emit("replayed", iteration=iteration)
+        if self.cursor.mode is Mode.LIVE:
+            self._result = (self._finish(iteration, result),)
+
+    def _replayed(self, iteration: int) -> None:
+        """After the optimizer step of a replayed iteration, inside the host's training step."""
+        assert self._rebuild is not None
+        self._rebuild.stepped(iteration)
+        self.cursor.progress = Progress.AFTER_STEP
+        assert self._plan is not None
+        if iteration < self._plan.committed:
+            return
+        if not self._run_on:
+            self.job.events.emit("replayed", iteration=iteration)
+            raise StopReplay
+        # From here the replayed iteration is the live one: the rest of the job is waiting in it.
+        self._end_replay()
+        replayed = len(self._rebuild.plan.replay)
+        self.cursor.mode = Mode.LIVE
+        self._joined(self._plan, replayed)
+        self._move(
+            Position(iteration, Progress.AFTER_STEP, self._plan.committed, self._position.logged)
+        )
+
+    def _end_replay(self) -> None:
+        assert self._rebuild is not None and self._plan is not None
+        self._rebuild.done()
+        self.job.events.emit("rebuilt", iteration=self._plan.committed)

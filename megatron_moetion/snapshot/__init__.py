@@ -1,0 +1,1 @@
+"""Capture: what one rank copies to host memory after the optimizer step of an iteration."""

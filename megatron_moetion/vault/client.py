@@ -1,0 +1,321 @@
+"""The worker's side of the vault: reserve, seal, fetch, drop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_moetion.vault.arena import align, map_private, map_shared, size_class
+from megatron_moetion.vault.entry import Entry, Listing, checksum, split_key
+from megatron_moetion.vault.store import VaultStore
+
+
+class CorruptEntry(RuntimeError):
+    """The bytes of an entry are not those that were sealed."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A sealed entry as read back.
+
+    Attributes:
+        data: uint8, shape [nbytes]. Writing to it never reaches the vault; it is good until the
+            owner of the entry drops it, so copy what must live longer.
+        meta: what was given to `seal`.
+    """
+
+    data: torch.Tensor
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VaultUsage:
+    """Counters of one worker's part of the vault.
+
+    Attributes:
+        reserved_bytes: capacity of all chunks, in use or free.
+        used_bytes: bytes of regions being written or sealed.
+        num_entries: sealed entries.
+        num_chunks: chunks, in use or free.
+    """
+
+    reserved_bytes: int
+    used_bytes: int
+    num_entries: int
+    num_chunks: int
+
+
+class Shelf(Protocol):
+    """Where a vault gets chunks from and publishes entries to: an agent or this process."""
+
+    def chunk(self, nbytes: int) -> tuple[int, str, int]:
+        """Allocate; returns (number, path, capacity in bytes)."""
+
+    def publish(self, entry: Entry) -> None:
+        """The entry is sealed; once this returns it survives the worker."""
+
+    def drop(self, below: int) -> None:
+        """Forget this rank's entries below an iteration."""
+
+    def find(
+        self, global_rank: int, key: str
+    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
+        """Returns (bytes as uint8, checksum, meta) or None."""
+
+    def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
+        """Sealed entries of any rank of the job."""
+
+
+@dataclass(eq=False)
+class _OpenChunk:
+    """A mapped chunk that holds entries of one kind and iteration, or none when it is free."""
+
+    number: int
+    memory: torch.Tensor
+    end: int = 0
+    num_regions: int = 0
+
+
+@dataclass(eq=False)
+class _Region:
+    chunk: _OpenChunk
+    offset: int
+    nbytes: int
+
+    def view(self) -> torch.Tensor:
+        return self.chunk.memory[self.offset : self.offset + self.nbytes]
+
+
+class Vault:
+    """One worker's view of the vault. All methods may be called by any thread.
+
+    A region is WRITING from `reserve` to `seal`, then SEALED until `drop`. Only sealed entries
+    can be fetched, by this worker, its replacement or any other rank.
+
+    Args:
+        shelf: the agent, or this process (`LocalVault`).
+        global_rank: whose entries `seal` and `drop` mean.
+        on_map: called once with each newly mapped chunk (uint8), for example to pin it.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        global_rank: int,
+        on_map: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.global_rank = global_rank
+        self._shelf = shelf
+        self._on_map = on_map
+        self._lock = threading.RLock()
+        self._filling: dict[tuple[str, int], _OpenChunk] = {}
+        self._free: dict[int, list[_OpenChunk]] = {}
+        self._chunks: list[_OpenChunk] = []
+        self._writing: dict[str, _Region] = {}
+        self._sealed: dict[str, _Region] = {}
+        self._below = 0
+
+    def reserve(self, key: str, nbytes: int) -> torch.Tensor:
+        """Get a region to write an entry into.
+
+        A frame has a chunk of its own; other kinds share one per kind and iteration.
+
+        Args:
+            key: "<kind>/<iteration>/<rest>".
+            nbytes: length in bytes.
+
+        Returns:
+            uint8 tensor of shape [nbytes], 64-byte aligned, contents undefined. The caller may
+            write to it until it calls `seal` or `abandon`.
+
+        Raises:
+            ValueError: bad key, or the key is already being written.
+        """
+        kind, iteration = split_key(key)
+        with self._lock:
+            if key in self._writing:
+                raise ValueError(f"vault entry {key} is already being written: seal or abandon it")
+            chunk = self._chunk_for(kind, iteration, nbytes)
+            region = _Region(chunk, align(chunk.end), nbytes)
+            chunk.end = region.offset + nbytes
+            chunk.num_regions += 1
+            self._writing[key] = region
+            return region.view()
+
+    def seal(self, key: str, meta: Mapping[str, Any]) -> None:
+        """Checksum a reserved region and publish it; an older entry under the key is replaced.
+
+        Once this returns the entry survives this process, and the caller must not write to the
+        region again.
+
+        Args:
+            key: as given to `reserve`.
+            meta: JSON object.
+
+        Raises:
+            KeyError: the key was not reserved.
+        """
+        with self._lock:
+            region = self._writing[key]
+        digest = checksum(region.view().numpy())
+        with self._lock:
+            if self._writing.pop(key, None) is not region:
+                raise KeyError(f"vault entry {key} was abandoned while it was being sealed")
+            if split_key(key)[1] < self._below:
+                self._leave(region)
+                return
+            self._shelf.publish(
+                Entry(key, region.chunk.number, region.offset, region.nbytes, digest, meta)
+            )
+            older = self._sealed.pop(key, None)
+            self._sealed[key] = region
+            if older is not None:
+                self._leave(older)
+
+    def put(self, key: str, data: torch.Tensor, meta: Mapping[str, Any]) -> None:
+        """Reserve, copy and seal in one call.
+
+        Args:
+            key: "<kind>/<iteration>/<rest>".
+            data: uint8, one-dimensional, in host memory. Once this returns, the caller may
+                overwrite it.
+            meta: JSON object.
+        """
+        self.reserve(key, data.numel()).copy_(data)
+        self.seal(key, meta)
+
+    def abandon(self, key: str | None = None) -> None:
+        """Give up one region that is being written, or all of them; no-op if there is none.
+
+        Call it only when nothing writes to the region any more.
+        """
+        with self._lock:
+            for name in [key] if key is not None else list(self._writing):
+                region = self._writing.pop(name, None)
+                if region is not None:
+                    self._leave(region)
+
+    def drop(self, below: int) -> None:
+        """Forget this rank's entries whose iteration is below `below`, also a predecessor's.
+
+        Regions still being written are forgotten when they are sealed.
+        """
+        with self._lock:
+            # The agent must forget first: a chunk that is reused must no longer be indexed.
+            self._shelf.drop(below)
+            self._below = max(self._below, below)
+            for key in [key for key in self._sealed if split_key(key)[1] < below]:
+                self._leave(self._sealed.pop(key))
+
+    def fetch(self, global_rank: int, key: str) -> Fetched | None:
+        """Read a sealed entry of any rank of the job.
+
+        Returns:
+            The entry, or None when there is no such sealed entry. For the lifetime of the bytes
+            see `Fetched`.
+
+        Raises:
+            CorruptEntry: the bytes do not match their checksum.
+        """
+        found = self._shelf.find(global_rank, key)
+        if found is None:
+            return None
+        data, expected, meta = found
+        actual = checksum(data.numpy())
+        if actual != expected:
+            raise CorruptEntry(
+                f"vault entry {key} of rank {global_rank} is damaged:"
+                f" sealed as {expected}, read back as {actual}"
+            )
+        return Fetched(data, meta)
+
+    def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
+        """Sealed entries of any rank whose key starts with `prefix`, in order of sealing."""
+        return self._shelf.inventory(global_rank, prefix)
+
+    def usage(self) -> VaultUsage:
+        """Counters for metrics."""
+        with self._lock:
+            regions = [*self._writing.values(), *self._sealed.values()]
+            return VaultUsage(
+                reserved_bytes=sum(chunk.memory.numel() for chunk in self._chunks),
+                used_bytes=sum(region.nbytes for region in regions),
+                num_entries=len(self._sealed),
+                num_chunks=len(self._chunks),
+            )
+
+    def _chunk_for(self, kind: str, iteration: int, nbytes: int) -> _OpenChunk:
+        if kind == "frame":
+            return self._take(nbytes)
+        chunk = self._filling.get((kind, iteration))
+        if chunk is None or align(chunk.end) + nbytes > chunk.memory.numel():
+            chunk = self._filling[kind, iteration] = self._take(nbytes)
+        return chunk
+
+    def _take(self, nbytes: int) -> _OpenChunk:
+        free = self._free.get(size_class(nbytes))
+        if free:
+            return free.pop()
+        number, path, capacity = self._shelf.chunk(nbytes)
+        chunk = _OpenChunk(number, map_shared(path, capacity))
+        if self._on_map is not None:
+            self._on_map(chunk.memory)
+        self._chunks.append(chunk)
+        return chunk
+
+    def _leave(self, region: _Region) -> None:
+        chunk = region.chunk
+        chunk.num_regions -= 1
+        if chunk.num_regions == 0:
+            chunk.end = 0
+            self._filling = {
+                slot: held for slot, held in self._filling.items() if held is not chunk
+            }
+            self._free.setdefault(chunk.memory.numel(), []).append(chunk)
+
+
+class _StoreShelf:
+    """A shelf in this very process."""
+
+    def __init__(self, store: VaultStore, global_rank: int) -> None:
+        self._store = store
+        self._global_rank = global_rank
+
+    def chunk(self, nbytes: int) -> tuple[int, str, int]:
+        chunk = self._store.new_chunk(self._global_rank, nbytes)
+        return chunk.number, chunk.path, chunk.nbytes
+
+    def publish(self, entry: Entry) -> None:
+        self._store.publish(self._global_rank, entry)
+
+    def drop(self, below: int) -> None:
+        self._store.drop(self._global_rank, below)
+
+    def find(
+        self, global_rank: int, key: str
+    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
+        found = self._store.find(global_rank, key)
+        if found is None:
+            return None
+        entry, chunk = found
+        return map_private(chunk.path, entry.offset, entry.nbytes), entry.checksum, entry.meta
+
+    def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
+        return self._store.inventory(global_rank, prefix)
+
+
+class LocalVault(Vault):
+    """A vault without an agent (plain torchrun, srun): it dies with the worker.
+
+    Other ranks' entries are never found here.
+    """
+
+    def __init__(
+        self, global_rank: int, on_map: Callable[[torch.Tensor], None] | None = None
+    ) -> None:
+        self._store = VaultStore()
+        super().__init__(_StoreShelf(self._store, global_rank), global_rank, on_map)

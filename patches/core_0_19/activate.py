@@ -1,0 +1,27 @@
+"""Starts the product once every row is applied."""
+
+from argparse import Namespace
+
+from megatron_moetion.config import Config
+
+from .. import activation
+
+
+def activate(args: Namespace, config: Config) -> None:
+    """Runs once per process with the host's final arguments, before any process group exists."""
+    from . import training
+
+    if not config.moetion:
+        return
+    if config.replicas > 0:
+        activation.refuse("--moetion-replicas above 0 is not built yet; use 0 (frames stay on their node)")
+    most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3
+    if config.window_size > most:
+        activation.refuse(
+            f"--moetion-window {config.window_size} is larger than the {most} operators that this model can "
+            f"have; use at most {most}"
+        )
+    training.open_job(config, args)
+    if training.job().replacement:
+        # State comes from the vault, not from a checkpoint.
+        args.load = args.pretrained_checkpoint = None

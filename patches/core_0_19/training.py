@@ -1,0 +1,335 @@
+"""The session of this process, and the handlers that lead from Megatron's functions into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.training import training
+from megatron.training.global_vars import get_args
+
+from megatron_moetion import topology
+from megatron_moetion.config import Config
+from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
+from megatron_moetion.inbox.tap import Mode
+from megatron_moetion.job import Job
+from megatron_moetion.operators import table
+from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.schedule import Unit, WindowPolicy, generate, order
+from megatron_moetion.session import Session
+
+from .host import Call, MegatronHost
+
+JOB: Job | None = None
+SESSION: Session | None = None
+
+
+def job() -> Job:
+    """The job that `activate` opened."""
+    assert JOB is not None
+    return JOB
+
+
+# -- process groups -------------------------------------------------------------------------------------------
+
+
+def init_process_group(host: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Notes how the world is made; a replacement starts alone, on torch's fake group."""
+    this = job()
+    if this.groups.rebuilding:
+        return host(*args, **kwargs)
+    this.backend = kwargs.get("backend") or args[0]
+    this.group_timeout = kwargs.get("timeout") or this.group_timeout
+    if this.fake:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        args, kwargs = (), {**kwargs, "backend": "fake", "store": FakeStore()}
+    return host(*args, **kwargs)
+
+
+def new_group(host: Callable[..., Any], ranks: Any = None, **kwargs: Any) -> Any:
+    """Records every group in creation order."""
+    this = job()
+    if this.groups.rebuilding:
+        return host(ranks, **kwargs)
+    fake = {"backend": None, "pg_options": None, "use_local_synchronization": False} if this.fake else {}
+    group = host(ranks, **{**kwargs, **fake})
+    this.groups.record(group, None if ranks is None else list(ranks), kwargs)
+    return group
+
+
+def collective(name: str) -> Callable[..., Any]:
+    """The handler of one torch.distributed function."""
+
+    def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if SESSION is None:
+            return host(*args, **kwargs)
+        return SESSION.collectives.call(name, host, *args, **kwargs)
+
+    return handler
+
+
+# -- pipeline and data ----------------------------------------------------------------------------------------
+
+
+class _Arrived:
+    """A finished receive, where the host expects a handle to wait for."""
+
+    def wait(self) -> None:
+        return None
+
+
+def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
+    """P2PCommunicator._communicate: everything that crosses a stage edge."""
+    if SESSION is None or SESSION.cursor.mode is Mode.OFF:
+        return host(self, **kwargs)
+    boundaries = SESSION.boundaries
+    if SESSION.cursor.mode is Mode.REPLAY:
+        received = [
+            boundaries.receive(direction).to(SESSION.host.device).requires_grad_(True) if wanted else None
+            for direction, wanted in (
+                (Direction.FORWARD, kwargs["recv_prev"]),
+                (Direction.BACKWARD, kwargs["recv_next"]),
+            )
+        ]
+        names = ("send_next", "recv_prev", "send_prev", "recv_next")
+        waits = kwargs.get("wait_on_reqs", True)
+        return received[0], received[1], None if waits else {name: _Arrived() for name in names}
+    boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
+    boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
+    return host(self, **kwargs)
+
+
+def next_batch(host: Callable[..., Any], self: Any) -> Any:
+    """RerunDataIterator.__next__."""
+    if SESSION is None or SESSION.cursor.mode is Mode.OFF or self.replaying:
+        return host(self)
+    assert isinstance(SESSION.host, MegatronHost)
+    for chunk, iterator in enumerate(SESSION.host.data_iterators):
+        if iterator is self:
+            return SESSION.batches.draw(chunk, lambda: host(self))
+    return host(self)
+
+
+def counted(place: str) -> Callable[..., Any]:
+    """The handler of forward_step and backward_step: only a place for faults."""
+
+    def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if SESSION is not None and SESSION.cursor.mode is Mode.LIVE:
+            SESSION.reached(place, SESSION.cursor.take(place))
+        return host(*args, **kwargs)
+
+    return handler
+
+
+def passed(place: str) -> Callable[..., Any]:
+    """The handler of a function that is only a place for faults."""
+
+    def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if SESSION is not None:
+            SESSION.reached(place)
+        return host(*args, **kwargs)
+
+    return handler
+
+
+# -- optimizer ------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
+    """The step of the outermost optimizer."""
+    if SESSION is None or self is not getattr(SESSION.host, "optimizer", None):
+        return host(self)
+    return SESSION.optimizer_step(lambda: host(self))
+
+
+def step_with_ready_grads(host: Callable[..., Any], self: Any) -> Any:
+    """Gradients are final: the commit point, once for the outermost optimizer."""
+    if SESSION is None:
+        return host(self)
+    if self is getattr(SESSION.host, "optimizer", None):
+        SESSION.commit()
+    chained = getattr(getattr(SESSION.host, "optimizer", None), "chained_optimizers", [self])
+    if self is chained[-1]:
+        SESSION.reached("optimizer")
+    return host(self)
+
+
+# -- the training loop ----------------------------------------------------------------------------------------
+
+
+def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """After set-up, a replacement learns where the job is and takes over its counters, like from a checkpoint."""
+    built = host(*args, **kwargs)
+    this = job()
+    if not this.replacement:
+        return built
+    this.send("ready", epoch=0)
+    epoch = 0
+    while this.facts is None:
+        epoch = this.notices.failure(Interrupted("the job never asked this replacement to join"), epoch)
+        try:
+            this.receive_facts(epoch)
+        except Superseded:
+            continue
+    position = this.facts.positions[this.global_rank]
+    state = _own_state(this, position.iteration)
+    options = get_args()
+    for name, value in state["counters"].items():
+        setattr(options, name, value)
+    options.iteration = position.iteration - 1
+    options.num_floating_point_operations_so_far = state["loop"]["flops"] or 0
+    # On the fake group a broadcast leaves its target as it is.
+    options.do_train = options.do_valid = options.do_test = True
+    return built
+
+
+def _own_state(this: Job, iteration: int) -> Any:
+    from megatron_moetion.snapshot import bundle
+
+    entry = this.vault.fetch(this.global_rank, str(HeaderKey(iteration)))
+    if entry is None:
+        this.send("hopeless", reason=f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}")
+        raise RuntimeError(f"{HeaderKey(iteration)} is gone")
+    return bundle.unpack(dict(entry.meta), entry.data, "cpu")
+
+
+def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One iteration; the first call opens the session."""
+    iteration = kwargs["iteration"] + 1
+    first = SESSION is None
+    if first:
+        _open_session(host, args, kwargs)
+    assert SESSION is not None and isinstance(SESSION.host, MegatronHost)
+    host_view = SESSION.host
+    host_view.note_timers()
+    host_view.call = Call(host, args, kwargs)
+    if not (first and job().replacement):
+        if first:
+            SESSION.protect(iteration - 1)
+        return SESSION.train_step(iteration, lambda: host(*args, **kwargs))
+    state = _own_state(job(), iteration)
+    host_view.load_loop_state(state)
+    committed = job().facts.committed  # type: ignore[union-attr]
+    if iteration == committed:
+        _skip_batches(host_view, iteration)
+    joined = SESSION.join(iteration)
+    job().fake = False
+    if joined is not None:
+        return joined[0]
+    # The host's loop gathers parameters by hooks only after its first iteration; its peers are past theirs.
+    host_view.set_hooked(state["hooked"])
+    if state["hooked"]:
+        host_view.use_param_sync_func()
+    result = SESSION.train_step(iteration, lambda: host(*args, **kwargs))
+    host_view.set_hooked(False)
+    return result
+
+
+def _skip_batches(host_view: MegatronHost, iteration: int) -> None:
+    """The committed iteration is replayed from the log: its batches leave the data iterator unused."""
+    this = job()
+    for chunk, iterator in enumerate(host_view.data_iterators):
+        microbatch = 0
+        while iterator and this.vault.fetch(this.global_rank, str(BatchKey(iteration, chunk, microbatch))):
+            next(iterator.iterable)
+            microbatch += 1
+
+
+def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global SESSION
+    this = job()
+    _, data_iterator, model, optimizer, scheduler, config, *_ = args
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    host_view = MegatronHost(model, optimizer, scheduler, iterators, config)
+    pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
+    where = topology.from_pipeline_groups(this.global_rank, pipelines)
+    units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
+    plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
+    if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
+        print(f"moetion: stage {where.pp_rank}, global rank {this.global_rank} owns\n{table(host_view.operators)}")
+    SESSION = Session(this, where, host_view, plan)
+
+
+def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Running sums are logged with each iteration; a replacement starts from them and repeats no line."""
+    if SESSION is None:
+        return host(*args, **kwargs)
+    assert isinstance(SESSION.host, MegatronHost)
+    loop, call = SESSION.host.loop, list(args)
+    losses, iteration = call[1], call[3]
+    if loop["losses"] is not losses:
+        losses.update(loop["losses"])
+        call[5], kwargs["is_first_iteration"] = loop["report_memory"], not loop["logged"]
+    with _muted(SESSION.position.logged >= iteration):
+        report_memory = host(*call, **kwargs)
+    loop.update(losses=losses, report_memory=report_memory, logged=True)
+    SESSION.logged(iteration)
+    return report_memory
+
+
+@contextmanager
+def _muted(wanted: bool) -> Iterator[None]:
+    names = ("get_tensorboard_writer", "get_wandb_writer", "print_rank_last", "report_memory", "report_theoretical_memory")
+    before = {name: getattr(training, name) for name in names}
+    for name in names if wanted else ():
+        setattr(training, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in names if wanted else ():
+            setattr(training, name, before[name])
+
+
+def checkpoint_and_decide_exit(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Notes the operation count, which only the loop knows."""
+    if SESSION is not None and isinstance(SESSION.host, MegatronHost):
+        SESSION.host.loop["flops"] = args[4]
+    return host(*args, **kwargs)
+
+
+def unprotected(what: str) -> Callable[..., Any]:
+    """The handler of evaluation and saving: nothing is logged, and a failure inside ends the job."""
+
+    def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if SESSION is None:
+            return host(*args, **kwargs)
+        mode, SESSION.cursor.mode = SESSION.cursor.mode, Mode.OFF
+        try:
+            return host(*args, **kwargs)
+        except Exception as error:
+            if is_communication_error(error):
+                job().send("hopeless", reason=f"a rank failed during {what}, which cannot be repeated yet")
+            raise
+        finally:
+            SESSION.cursor.mode = mode
+
+    return handler
+
+
+def finished(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`pretrain`: what comes after it is the user's own business."""
+    result = host(*args, **kwargs)
+    job().send("finished")
+    return result
+
+
+def open_job(config: Config, args: Any) -> None:
+    """Called by `activate`."""
+    from megatron_moetion import job as jobs
+
+    global JOB
+    on_map = _register if torch.cuda.is_available() and torch.version.cuda and not _rehearsing() else None
+    JOB = jobs.open_job(config, args.rank, args.world_size, on_map)
+
+
+def _rehearsing() -> bool:
+    from megatron_moetion import rehearsal
+
+    return rehearsal.wanted()
+
+
+def _register(chunk: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))

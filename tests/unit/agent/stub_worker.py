@@ -1,0 +1,179 @@
+"""A worker without Megatron that speaks the agent's protocol and follows a script.
+
+`python stub_worker.py [--moetion] [--moetion-dir DIR] --iterations N [--die RANK:PLACE[:HOW]]...`
+
+PLACE is an iteration ("5") or a notice of the recovery round ("freeze", "abort", "facts"), the
+latter with "@EPOCH". HOW is kill (default), exit or raise. Each death happens once per job. Iterations are
+in step: all ranks wait for each other through the store, as pipeline stages would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore
+
+from megatron_moetion.agent.link import AgentLink
+from megatron_moetion.agent.shelf import agent_vault
+from megatron_moetion.events import EventLog
+
+RANK = int(os.environ["RANK"])
+WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+FRAME_BYTES = 300_000
+
+
+class Worker:
+    """The stub's state is one number: the iteration it stands at."""
+
+    def __init__(self, args: argparse.Namespace, link: AgentLink) -> None:
+        self.args = args
+        self.link = link
+        self.notices: queue.SimpleQueue[dict] = queue.SimpleQueue()
+        self.replacement = os.environ["MOETION_REPLACEMENT"] == "1"
+        self.log = EventLog(args.moetion_dir, f"rank-{RANK}")
+        hello = {"op": "hello", "global_rank": RANK, "pid": os.getpid()}
+        self.welcome = link.request({**hello, "replacement": self.replacement})
+        self.log.emit("welcome", pid=os.getpid(), replacement=self.replacement, **{
+            key: value for key, value in self.welcome.items() if key not in ("op", "id")
+        })
+        self.vault = agent_vault(link, RANK)
+        self.store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=60),
+        )
+        self.epoch = self.welcome["epoch"]
+        self.iteration = 0
+        link.listen(self.notices.put)
+
+    def frame(self, rank: int, iteration: int) -> torch.Tensor:
+        return torch.full((FRAME_BYTES,), (rank * 16 + iteration) % 251, dtype=torch.uint8)
+
+    def save(self) -> None:
+        self.vault.put(f"frame/{self.iteration}/all", self.frame(RANK, self.iteration), {"i": self.iteration})
+        self.vault.drop(self.iteration - 2)
+        self.link.send({"op": "position", "position": self.position()})
+
+    def position(self) -> dict:
+        return {"iteration": self.iteration, "committed": self.iteration}
+
+    def maybe_die(self, place: str) -> None:
+        for index, spec in enumerate(self.args.die):
+            rank, where, how = [*spec.split(":"), "kill"][:3]
+            if int(rank) == RANK and where == place and index not in self.welcome["fired"]:
+                self.link.send({"op": "fired", "index": index})
+                self.log.emit("dying", place=place, how=how)
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "exit":
+                    os._exit(0)
+                raise RuntimeError(f"injected at {place}")
+
+    def reach(self, iteration: int) -> bool:
+        """Wait for all ranks at an iteration; False when a notice came instead."""
+        key = f"epoch{self.epoch}/iteration{iteration}"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < WORLD_SIZE:
+            try:
+                self.notice(self.notices.get(timeout=0.002))
+            except queue.Empty:
+                continue
+            return False
+        return True
+
+    def train(self) -> None:
+        if self.replacement:
+            self.link.send({"op": "ready", "epoch": self.epoch})
+            self.recover({})
+        else:
+            self.save()
+        while self.iteration < self.args.iterations:
+            self.maybe_die(str(self.iteration + 1))
+            if self.reach(self.iteration + 1):
+                self.iteration += 1
+                self.save()
+        self.log.emit("finished", iteration=self.iteration, pid=os.getpid())
+        self.link.send({"op": "finished"})
+
+    def notice(self, message: dict) -> None:
+        assert message["op"] == "freeze", message
+        self.recover(message)
+
+    def recover(self, message: dict) -> None:
+        while message.get("op") != "resume":
+            if message:
+                op, self.epoch = message["op"], message.get("epoch", self.epoch)
+                self.log.emit(f"notice.{op}", epoch=self.epoch)
+                self.maybe_die(f"{op}@{self.epoch}")
+                answer = getattr(self, f"on_{op}")(message)
+                if answer:
+                    self.link.send({"epoch": self.epoch, **answer})
+            message = self.notices.get()
+        self.epoch = message["epoch"]
+        self.log.emit("notice.resume", epoch=self.epoch, pid=os.getpid(), iteration=self.iteration)
+
+    def on_freeze(self, message: dict) -> dict | None:
+        return None if RANK in message["dead"] else {"op": "report", "position": self.position()}
+
+    def on_verdict(self, message: dict) -> dict:
+        if self.iteration < message["committed"]:
+            self.iteration = message["committed"]
+            self.save()
+        return {"op": "settled"}
+
+    def on_abort(self, message: dict) -> dict:
+        return {"op": "quiesced"}
+
+    def on_end(self, message: dict) -> dict:
+        sys.exit(1)
+
+    def on_facts(self, message: dict) -> dict:
+        committed = message["committed"]
+        if RANK in message["dead"]:
+            newest = max(int(entry["key"].split("/")[1]) for entry in message["frames"][str(RANK)])
+            fetched = self.vault.fetch(RANK, f"frame/{newest}/all")
+            assert fetched is not None
+            assert torch.equal(fetched.data, self.frame(RANK, newest))
+            self.iteration = committed
+            self.save()
+            self.log.emit("restored", base=newest, committed=committed)
+        for rank in range(WORLD_SIZE):
+            other = message["frames"][str(rank)][-1]
+            fetched = self.vault.fetch(rank, other["key"])
+            iteration = other["meta"]["i"]
+            assert fetched is not None
+            assert torch.equal(fetched.data, self.frame(rank, iteration)), (rank, other)
+            listed = [entry.key for entry in self.vault.inventory(rank, "frame/")]
+            assert other["key"] in listed
+        return {"op": "joined", "details": {}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--moetion", action="store_true")
+    parser.add_argument("--moetion-dir", type=Path)
+    parser.add_argument("--moetion-timeout", type=float)
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--die", action="append", default=[])
+    parser.add_argument("--exit-code", type=int, default=0)
+    parser.add_argument("--hang", action="store_true")
+    args = parser.parse_args()
+    if args.hang:
+        print(json.dumps({"pid": os.getpid()}), flush=True)
+        time.sleep(600)
+    link = AgentLink.connect() if args.moetion else None
+    if link is not None and args.exit_code == 0:
+        Worker(args, link).train()
+    sys.exit(args.exit_code)
+
+
+if __name__ == "__main__":
+    main()
