@@ -57,6 +57,8 @@ def _add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _doctor(args: argparse.Namespace) -> int:
     command_line = args.command_line[args.command_line[:1] == ["--"] :]
+    # Under a sourced moetion.sh the host's import would refuse what the doctor is to explain.
+    del sys.argv[1:]
     code: int = patch_location.load_patches("doctor").run(command_line)
     return code
 

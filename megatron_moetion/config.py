@@ -237,8 +237,11 @@ def from_command_line(
         ConfigError: as `from_namespace`, or as `check_spelling`.
     """
     check_spelling(tokens)
-    parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    args, _ = parser.parse_known_args(list(tokens))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    try:
+        args, _ = add_arguments(parser).parse_known_args(list(tokens))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from error
     return args, from_namespace(args, env)
 
 

@@ -7,15 +7,15 @@ one way back. Nothing here knows the host, and nothing here imports torch. Impor
 """
 
 import functools
-import hashlib
 import importlib
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
+
+from megatron_moetion.fingerprint import function_of, signature_of, source_digest
 
 How = Literal["around", "replace", "value"]
 Severity = Literal["error", "warning"]
@@ -84,50 +84,6 @@ class _Place:
         return vars(self.owner)[self.name]
 
 
-def signature_of(host: Any) -> str:
-    """Returns parameter names, kinds and which have defaults, without annotations or values.
-
-    Annotations and default objects print differently from one torch or Python to the next;
-    names, kinds and optionality are what a handler relies on. Static and class methods are looked
-    through. Empty for callables without a signature and for things that are not callable.
-    """
-    function = _function_of(host)
-    if not callable(function):
-        return ""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return ""
-    shown: list[str] = []
-    kinds = inspect.Parameter
-    starred = False
-    previous: Any = None
-    for parameter in parameters:
-        if previous is kinds.POSITIONAL_ONLY and parameter.kind is not kinds.POSITIONAL_ONLY:
-            shown.append("/")
-        if parameter.kind is kinds.KEYWORD_ONLY and not starred:
-            shown.append("*")
-            starred = True
-        starred = starred or parameter.kind is kinds.VAR_POSITIONAL
-        mark = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        default = "" if parameter.default is kinds.empty else "=..."
-        shown.append(f"{mark}{parameter.name}{default}")
-        previous = parameter.kind
-    if previous is kinds.POSITIONAL_ONLY:
-        shown.append("/")
-    return f"({', '.join(shown)})"
-
-
-def source_digest(host: Any) -> str:
-    """Returns 12 hex digits of the SHA-256 of the callable's source; empty without a source."""
-    function = _function_of(host)
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()[:12]
-
-
 def locate(target: str) -> Any:
     """Returns what ``target`` stores: a function, static or class method, or a value.
 
@@ -179,10 +135,6 @@ def apply(rows: Iterable[Patch], sweep: Sequence[str] = ()) -> Callable[[], None
         _put_back(done)
         raise
     return functools.partial(_undo, done)
-
-
-def _function_of(host: Any) -> Any:
-    return host.__func__ if isinstance(host, staticmethod | classmethod) else host
 
 
 def _place(target: str) -> _Place:
@@ -264,7 +216,7 @@ def _verify(row: Patch, bindings: dict[int, list[str]]) -> list[Problem]:
 
 def _verify_shape(row: Patch, host: Any) -> list[Problem]:
     problems = []
-    if row.how != "value" and not callable(_function_of(host)):
+    if row.how != "value" and not callable(function_of(host)):
         return [Problem(row.target, "error", f"is a {type(host).__name__}, not a callable")]
     found = signature_of(host)
     if found != row.signature:
@@ -295,7 +247,7 @@ def _bindings(sweep: Sequence[str]) -> dict[int, list[str]]:
 
 def _around(host: Any, handler: Callable[..., Any]) -> Any:
     """Wraps ``host`` as it is stored, so that a static or class method stays one."""
-    function = _function_of(host)
+    function = function_of(host)
 
     @functools.wraps(function)
     def intercepted(*args: Any, **kwargs: Any) -> Any:

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-import megatron_moetion_patches as patches
-
 from megatron_moetion import arming
+from megatron_moetion import config as flags
 from megatron_moetion.config import Config
 from megatron_moetion.interception import InterceptionError, Patch, apply, verify_all
+
+from . import SUPPORTED_HOSTS
 
 SWEEP = ("megatron", "__main__")
 """Packages that are searched for from-imports of a target that its row does not list."""
@@ -38,7 +39,14 @@ def refuse(text: str) -> NoReturn:
 
 
 def before_host_import() -> None:
-    """Runs once, before anything of the host is imported."""
+    """Runs once, before anything of the host is imported.
+
+    Bad flags are refused here already: the host's imports take seconds and print warnings.
+    """
+    try:
+        flags.from_command_line(sys.argv[1:])
+    except flags.ConfigError as error:
+        refuse(str(error))
     install_rehearsal()
     arming.when_imported("megatron.training.arguments", _moment_one)
 
@@ -53,17 +61,17 @@ def host_folder(version: str) -> str | None:
     numbers = version.split(".")
     if len(numbers) < 2 or not (numbers[0].isdecimal() and numbers[1].isdecimal()):
         return None
-    return patches.SUPPORTED_HOSTS.get((int(numbers[0]), int(numbers[1])))
+    return SUPPORTED_HOSTS.get((int(numbers[0]), int(numbers[1])))
 
 
 def supported_hosts() -> str:
     """Returns the supported host versions as one reads them."""
-    return ", ".join(f"{major}.{minor}.x" for major, minor in patches.SUPPORTED_HOSTS)
+    return ", ".join(f"{major}.{minor}.x" for major, minor in SUPPORTED_HOSTS)
 
 
 def part(folder: str, name: str) -> ModuleType:
     """Returns one module of a host version's folder."""
-    return importlib.import_module(f"{patches.__name__}.{folder}.{name}")
+    return importlib.import_module(f"{__package__}.{folder}.{name}")
 
 
 def selected_rows(rows: tuple[Patch, ...], config: Config) -> tuple[Patch, ...]:
@@ -138,7 +146,7 @@ def install_rehearsal() -> None:
         refuse(str(error))
     rehearsal.install()
     # The host's version is not known before its import; the newest folder's names are tried.
-    folder = patches.SUPPORTED_HOSTS[max(patches.SUPPORTED_HOSTS)]
-    table: dict[str, str] = importlib.import_module(f"{patches.__name__}.{folder}").AFTER_IMPORT
+    folder = SUPPORTED_HOSTS[max(SUPPORTED_HOSTS)]
+    table: dict[str, str] = importlib.import_module(f"{__package__}.{folder}").AFTER_IMPORT
     for module_name, function in table.items():
         arming.when_imported(module_name, getattr(part(folder, "rehearsal_host"), function))

@@ -15,12 +15,11 @@ from rich.table import Table
 
 from megatron_moetion import config as flags
 from megatron_moetion.config import ConfigError
+from megatron_moetion.fingerprint import signature_of, source_digest
 from megatron_moetion.interception import (
     InterceptionError,
     Patch,
     locate,
-    signature_of,
-    source_digest,
     verify_all,
 )
 

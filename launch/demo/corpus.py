@@ -33,7 +33,9 @@ def documents(library: Path, max_bytes: int) -> Iterator[bytes]:
     """
     left = max_bytes
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests"} & set(path.parts):
+        if {"site-packages", "dist-packages", "test", "tests"} & set(
+            path.relative_to(library).parts
+        ):
             continue
         text = path.read_bytes()[:left]
         if text:
@@ -72,6 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     library = Path(sysconfig.get_paths()["stdlib"])
     num_tokens = write(options.output, library, options.max_mebibytes << 20)
+    if num_tokens == 0:
+        parser.error(f"no Python sources in {library}: run it with an interpreter that has them")
     print(f"{options.output}: {num_tokens} byte tokens of {library}, vocabulary {VOCAB_SIZE}")
 
 

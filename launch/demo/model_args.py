@@ -1,10 +1,12 @@
 """The demo's Megatron command line and the variants that the tests train.
 
-``python launch/demo/model_args.py [VARIANT]`` prints one on a line, for use in a shell.
+``python launch/demo/model_args.py --variant demo --data-prefix PREFIX --train-iters 20`` prints one
+for use in a shell; every parameter of `model_args` is an option.
 """
 
+import argparse
+import inspect
 import shlex
-import sys
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
@@ -18,18 +20,20 @@ EXPERTS = (
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
     "--moe-token-dispatcher-type alltoall"
 )
-PARALLELISM = "--use-distributed-optimizer"
+# Every iteration has another learning rate, so a skipped or repeated update shows in the loss.
 OPTIMIZER = (
-    "--bf16 --optimizer adam --lr 3e-3 --min-lr 3e-5 --lr-decay-style linear "
-    "--lr-decay-iters 50 --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0 --seed 1234"
+    "--use-distributed-optimizer --bf16 --optimizer adam --weight-decay 0.1 --clip-grad 1.0 "
+    "--lr 3e-3 --min-lr 3e-5 --lr-decay-style linear --lr-decay-iters 50 --lr-warmup-iters 4 "
+    "--seed 1234"
 )
 RUN = (
     "--micro-batch-size 1 --log-interval 1 --eval-interval 1000 --eval-iters 1 "
     "--distributed-timeout-minutes 10"
 )
+# 66 divides 264, so 1, 2 and 4 tensor-parallel ranks pad the 257 tokens alike.
 DATA = (
     "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256 "
-    "--make-vocab-size-divisible-by 128 --split 90,10,0 --num-workers 0 "
+    "--make-vocab-size-divisible-by 66 --split 90,10,0 --num-workers 0 "
     "--no-create-attention-mask-in-dataloader"
 )
 CPU = (
@@ -73,7 +77,9 @@ def model_args(
         data_prefix: prefix of the indexed data set; empty takes the host's mock data.
         train_iters: iterations to train; the learning rate does not depend on it.
         pp_size, ep_size, tp_size, dp_size: sizes of the parallel groups; ``dp_size`` counts the
-            ranks that share one pipeline and tensor rank, ``ep_size`` divides it.
+            ranks that share one pipeline and tensor rank, ``ep_size`` divides it. The number of
+            ranks to start is ``pp_size * tp_size * dp_size``; with ``tp_size`` above 1 the host
+            wants CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment.
         num_microbatches: microbatches per iteration of one data-parallel rank.
         layers_per_virtual_stage: above 0, interleaved stages of that many layers.
         cpu: add what a rehearsal needs; without it the host's defaults for a GPU stand.
@@ -85,7 +91,7 @@ def model_args(
         raise ValueError(f"no variant {variant!r}: take one of {', '.join(VARIANTS)}")
     if dp_size % ep_size:
         raise ValueError(f"ep_size {ep_size} does not divide dp_size {dp_size}: change one of them")
-    words = shlex.split(" ".join((MODEL, EXPERTS, PARALLELISM, OPTIMIZER, RUN, DATA)))
+    words = shlex.split(" ".join((MODEL, EXPERTS, OPTIMIZER, RUN, DATA)))
     words += ["--pipeline-model-parallel-size", str(pp_size)]
     words += ["--expert-model-parallel-size", str(ep_size)]
     words += ["--tensor-model-parallel-size", str(tp_size)]
@@ -103,5 +109,22 @@ def model_args(
     return words + (shlex.split(CPU) if cpu else [])
 
 
+def main() -> None:
+    """Print the command line of one variant."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, parameter in inspect.signature(model_args).parameters.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(parameter.default, bool):
+            parser.add_argument(
+                flag, default=parameter.default, action=argparse.BooleanOptionalAction
+            )
+        else:
+            parser.add_argument(flag, default=parameter.default, type=type(parameter.default))
+    try:
+        print(shlex.join(model_args(**vars(parser.parse_args()))))
+    except ValueError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    print(shlex.join(model_args(*sys.argv[1:])))
+    main()

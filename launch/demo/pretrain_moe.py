@@ -23,7 +23,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, Any]  # tensors; None where this stage needs none
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -93,9 +93,10 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
-    return BlendedMegatronDatasetBuilder(
+    datasets: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(
         GPTDataset, num_samples, partial(is_first_or_last_pipeline_stage, vp_stage), config
     ).build()
+    return datasets
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
+from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
-from megatron_moetion.agent.node import Job, Node, Program
+from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.spare import SPARE_FD, SPARE_NICENESS
 from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config
@@ -104,7 +105,7 @@ def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
     num_nodes = 1 if args.standalone else int(low)
     if num_nodes > 1 and args.node_rank is None:
         raise UsageError(f"--nnodes {num_nodes} needs --node-rank 0..{num_nodes - 1} on each node")
-    node_rank = _number("--node-rank", args.node_rank or 0)
+    node_rank = args.node_rank or 0
     if node_rank >= num_nodes:
         raise UsageError(f"--node-rank {node_rank} must be below --nnodes {num_nodes}")
     host, _, port = str(args.rdzv_endpoint).rpartition(":")
@@ -164,6 +165,7 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
     """Put together what this node runs."""
     script_args = tuple(args.training_script_args)
     protected = "--moetion" in script_args
+    default_dir = str(Config().dir) if protected else None
     env = {
         **worker_base_env(meeting.members.own.num_workers),
         "MASTER_ADDR": rendezvous.master_addr,
@@ -186,7 +188,7 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         env=env,
         protected=protected,
         num_spares=args.spares,
-        directory=option(script_args, "--moetion-dir") or (str(Config().dir) if protected else None),
+        directory=option(script_args, "--moetion-dir") or default_dir,
         secret=bytes.fromhex(secret),
         timeout=rendezvous.timeout,
     )

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
-from megatron_moetion.agent.membership import Members
-from megatron_moetion.agent.round import (
+from megatron_moetion.agent.decision import (
     AgentLost,
     Command,
     End,
@@ -24,6 +23,7 @@ from megatron_moetion.agent.round import (
     Replace,
     Said,
 )
+from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.wire import Message
 from megatron_moetion.events import EventLog
 from megatron_moetion.recovery.phase import FINAL, Phase

@@ -100,7 +100,9 @@ class AgentLink:
         return reply, payload
 
     def close(self) -> None:
-        """End the link; the agent's end no longer ends this process."""
+        """End the link; the agent's end no longer ends this process. Safe to call twice."""
+        if self._closed:
+            return
         self._closed = True
         self._channel.stop_reading()
         self._listener.join()
@@ -122,7 +124,8 @@ class AgentLink:
         except (EOFError, OSError):
             if not self._closed:
                 self._orphaned()
-        except BaseException:  # noqa: BLE001 - whatever it was, going on without notices is a hang
+        except BaseException:
+            # Whatever it was: going on without notices would be a hang.
             traceback.print_exc()
             os._exit(ORPHAN_EXIT_CODE)
 
@@ -140,9 +143,7 @@ class AgentLink:
         on_notice(message)
 
     def _orphaned(self) -> NoReturn:
-        print(
-            f"moetion: rank {os.environ.get('RANK', '?')}: the node agent is gone; this worker ends",
-            file=sys.stderr,
-            flush=True,
-        )
+        rank = os.environ.get("RANK", "?")
+        line = f"moetion: rank {rank}: the node agent is gone; this worker ends"
+        print(line, file=sys.stderr, flush=True)
         os._exit(ORPHAN_EXIT_CODE)

@@ -9,9 +9,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 
@@ -25,8 +22,9 @@ from megatron_moetion.agent.desk import (
     PeerJoined,
     WorkerSilent,
 )
+from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.leader import Leader, Unprotected
-from megatron_moetion.agent.membership import Members, MembershipError
+from megatron_moetion.agent.membership import MembershipError
 from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import SparePool
@@ -36,53 +34,6 @@ from megatron_moetion.events import EventLog
 from megatron_moetion.vault.store import VaultStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-
-
-@dataclass(frozen=True)
-class Program:
-    """What a worker runs.
-
-    Attributes:
-        interpreter: how Python is started; empty with --no-python.
-        module: `script` is a module's name.
-        script: path, module or (--no-python) executable.
-        args: its arguments.
-    """
-
-    interpreter: tuple[str, ...]
-    module: bool
-    script: str
-    args: tuple[str, ...]
-
-    @property
-    def command(self) -> list[str]:
-        """For a cold start."""
-        return [*self.interpreter, *(["-m"] if self.module else []), self.script, *self.args]
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that the agent of a node needs to know.
-
-    Attributes:
-        members: all nodes.
-        program: what the workers run.
-        env: environment of every worker, without its rank.
-        protected: --moetion is among the script's arguments.
-        num_spares: warm spares on this node.
-        directory: of the run's events; None keeps none.
-        secret: the job's.
-        timeout: for each phase of a recovery.
-    """
-
-    members: Members
-    program: Program
-    env: Mapping[str, str]
-    protected: bool
-    num_spares: int
-    directory: str | None
-    secret: bytes
-    timeout: timedelta
 
 
 class Node:
@@ -287,23 +238,8 @@ class Node:
             for rank in self._own.global_ranks:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
-    def _worker_env(self, global_rank: int, replacement: bool) -> dict[str, str]:
-        members, own = self._job.members, self._own
-        return {
-            "RANK": str(global_rank),
-            "LOCAL_RANK": str(global_rank - own.first_global_rank),
-            "ROLE_RANK": str(global_rank),
-            "GROUP_RANK": str(own.node_rank),
-            "WORLD_SIZE": str(members.world_size),
-            "ROLE_WORLD_SIZE": str(members.world_size),
-            "LOCAL_WORLD_SIZE": str(own.num_workers),
-            "GROUP_WORLD_SIZE": str(len(members.nodes)),
-            "MOETION_EPOCH": str(self._epoch),
-            "MOETION_REPLACEMENT": "1" if replacement else "0",
-        }
-
     def _start_cold(self, global_rank: int, replacement: bool) -> None:
-        env = {**self._job.env, **self._worker_env(global_rank, replacement)}
+        env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch, replacement)}
         child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
         self._workers[global_rank] = child
         self._watch_all([child])
@@ -313,7 +249,7 @@ class Node:
         spare = self._pool.take()
         if spare is not None:
             started = "warm" if spare.ready else "booting"
-            env = self._worker_env(global_rank, replacement=True)
+            env = self._job.rank_env(global_rank, self._epoch, replacement=True)
             try:
                 spare.assign(program.module, [program.script, *program.args], env)
                 self._workers[global_rank] = spare.child

@@ -5,109 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
+from megatron_moetion.agent.decision import (
+    AgentLost,
+    Command,
+    End,
+    Event,
+    Exited,
+    Expired,
+    Gather,
+    Gathered,
+    Json,
+    Notify,
+    Record,
+    Replace,
+    Said,
+)
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
 
 MAX_RETRIES = 3
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Exited:
-    """A worker process ended; everything it had sent has been fed before.
-
-    Attributes:
-        global_rank: which.
-        code: as a shell reports it, 128 + n for signal n.
-        position: newest position of this rank, also of a predecessor; None if there never was one.
-    """
-
-    global_rank: int
-    code: int
-    position: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Said:
-    """A message of a live worker."""
-
-    global_rank: int
-    message: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """One agent's inventories; keys are global ranks as strings."""
-
-    node_rank: int
-    epoch: int
-    frames: Mapping[str, Any]
-    positions: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class AgentLost:
-    """The agent of another node is gone."""
-
-    node_rank: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Expired:
-    """The phase of this epoch has taken longer than the timeout."""
-
-    epoch: int
-    phase: Phase
-    timeout: timedelta
-
-
-Event = Exited | Said | Gathered | AgentLost | Expired
-
-
-@dataclass(frozen=True)
-class Notify:
-    """Send a notice to these workers."""
-
-    global_ranks: tuple[int, ...]
-    message: Json
-
-
-@dataclass(frozen=True)
-class Replace:
-    """Start a replacement on the dead worker's node."""
-
-    global_rank: int
-    epoch: int
-    fired: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Ask every agent for its inventories."""
-
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Record:
-    """An event for the timeline."""
-
-    kind: str
-    fields: Json
-
-
-@dataclass(frozen=True)
-class End:
-    """End the whole job; an empty reason is the clean end."""
-
-    reason: str
-    code: int
-
-
-Command = Notify | Replace | Gather | Record | End
 
 
 @dataclass

@@ -11,6 +11,7 @@ import runpy
 import sys
 import threading
 import time
+import warnings
 
 SPARE_FD = "MOETION_SPARE_FD"
 SPARE_NICENESS = "MOETION_SPARE_NICENESS"
@@ -27,8 +28,12 @@ def main() -> None:
     if nice:
         os.setpriority(os.PRIO_PROCESS, 0, niceness)
     started = time.monotonic()
+    # The workers have shown what these imports warn of. Only the printing is off: filters that a
+    # module installs must stay.
+    show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
     for name in modules_to_import():
         preimport(name)
+    warnings.showwarning = show
     ready = {"ready_after_ms": round((time.monotonic() - started) * 1000)}
     # The agent closes its end when it assigns, which it may do before this process is ready.
     with contextlib.suppress(BrokenPipeError):

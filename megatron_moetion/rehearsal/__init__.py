@@ -19,7 +19,14 @@ What is measured in a rehearsal is never called GPU performance.
 import os
 from collections.abc import Callable, Sequence
 
-from megatron_moetion.rehearsal import collectives, compilation, device_strings, devices, rng, streams
+from megatron_moetion.rehearsal import (
+    collectives,
+    compilation,
+    device_strings,
+    devices,
+    rng,
+    streams,
+)
 
 PLATFORM_VARIABLE = "MOETION_PLATFORM"
 
@@ -51,9 +58,10 @@ def wanted() -> bool:
     platform = os.environ.get(PLATFORM_VARIABLE, "")
     if platform not in ("", "cpu", "cuda"):
         raise ValueError(f"{PLATFORM_VARIABLE}={platform!r}: set it to cpu or cuda, or unset it")
-    if platform or _installed:
-        return platform == "cpu" or (not platform and devices.install in _installed)
-    return devices.visible_gpus() == 0
+    if platform:
+        return platform == "cpu"
+    # Once installed, the count below would answer for the stand-in.
+    return devices.install in _installed or devices.visible_gpus() == 0
 
 
 def install(stand_ins: Sequence[Callable[[], None]] = CPU) -> None:
@@ -63,17 +71,17 @@ def install(stand_ins: Sequence[Callable[[], None]] = CPU) -> None:
 
     Args:
         stand_ins: ``CPU``, ``SHARED_GPU`` or a selection of their members.
+
+    Prints one line on global rank 0 that says what is stood in for.
     """
-    if _installed.issuperset(stand_ins):
-        return
-    for stand_in in stand_ins:
-        if stand_in not in _installed:
-            stand_in()
-            _installed.add(stand_in)
-    if os.environ.get("RANK", "0") == "0":
-        names = ", ".join(stand_in.__module__.rpartition(".")[2] for stand_in in stand_ins)
+    missing = [stand_in for stand_in in stand_ins if stand_in not in _installed]
+    for stand_in in missing:
+        stand_in()
+        _installed.add(stand_in)
+    if missing and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(stand_in.__module__.rpartition(".")[2] for stand_in in missing)
         print(
-            f"moetion: rehearsal, not a GPU run: the CPU and gloo stand in for {names}; "
+            f"moetion: rehearsal, not a GPU run (stood in for: {names}); "
             "no time or memory figure of this run says anything about a GPU",
             flush=True,
         )

@@ -15,4 +15,4 @@ def _eager(model: Callable[..., Any] | None = None, **options: Any) -> Callable[
 
 def install() -> None:
     """Replace ``torch.compile``; the host decorates functions with it while it is imported."""
-    torch.compile = _eager  # type: ignore[assignment]
+    torch.compile = _eager

@@ -55,7 +55,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-_mode = _CudaMeansCpu()
+# Never popped: it has to outlast `install`.
+_mode: Any = _CudaMeansCpu()
 
 
 def _stay() -> Callable[..., Any]:

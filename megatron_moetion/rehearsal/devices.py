@@ -11,6 +11,18 @@ from megatron_moetion.rehearsal.answers import always
 
 _CPU = torch.device("cpu")
 
+_FIGURES = (
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "device_memory_used",
+    "utilization",
+    "temperature",
+    "power_draw",
+    "clock_rate",
+)
+
 
 def visible_gpus() -> int:
     """Number of GPUs this process could use, found without initialising CUDA."""
@@ -86,10 +98,7 @@ def install() -> None:
         "check_error": always(None),
         "cudart": lambda: SimpleNamespace(cudaProfilerStart=always(0), cudaProfilerStop=always(0)),
     }
-    for name in (
-        "memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
-        "device_memory_used utilization temperature power_draw clock_rate"
-    ).split():
+    for name in _FIGURES:
         answers[name] = always(0)
     for name in ("reset_peak_memory_stats", "reset_max_memory_allocated"):
         answers[name] = always(None)

@@ -42,7 +42,7 @@ def install() -> None:
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "get_rng_state_all": lambda: [_get_rng_state()],
-        "set_rng_state_all": lambda new_states: _set_rng_state(list(new_states)[0]),
+        "set_rng_state_all": lambda new_states: _set_rng_state(next(iter(new_states))),
         "manual_seed": lambda seed: _seed_with(seed),
         "manual_seed_all": lambda seed: _seed_with(seed),
         "seed": lambda: _seed_anew(),

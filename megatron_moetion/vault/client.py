@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from megatron_moetion.vault.arena import align, map_private, map_shared, size_class
+from megatron_moetion.vault.arena import align, map_shared, size_class
 from megatron_moetion.vault.entry import Entry, Listing, checksum, split_key
+from megatron_moetion.vault.shelf import Shelf, StoreShelf
 from megatron_moetion.vault.store import VaultStore
 
 
@@ -47,27 +48,6 @@ class VaultUsage:
     used_bytes: int
     num_entries: int
     num_chunks: int
-
-
-class Shelf(Protocol):
-    """Where a vault gets chunks from and publishes entries to: an agent or this process."""
-
-    def chunk(self, nbytes: int) -> tuple[int, str, int]:
-        """Allocate; returns (number, path, capacity in bytes)."""
-
-    def publish(self, entry: Entry) -> None:
-        """The entry is sealed; once this returns it survives the worker."""
-
-    def drop(self, below: int) -> None:
-        """Forget this rank's entries below an iteration."""
-
-    def find(
-        self, global_rank: int, key: str
-    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
-        """Returns (bytes as uint8, checksum, meta) or None."""
-
-    def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
-        """Sealed entries of any rank of the job."""
 
 
 @dataclass(eq=False)
@@ -278,36 +258,6 @@ class Vault:
             self._free.setdefault(chunk.memory.numel(), []).append(chunk)
 
 
-class _StoreShelf:
-    """A shelf in this very process."""
-
-    def __init__(self, store: VaultStore, global_rank: int) -> None:
-        self._store = store
-        self._global_rank = global_rank
-
-    def chunk(self, nbytes: int) -> tuple[int, str, int]:
-        chunk = self._store.new_chunk(self._global_rank, nbytes)
-        return chunk.number, chunk.path, chunk.nbytes
-
-    def publish(self, entry: Entry) -> None:
-        self._store.publish(self._global_rank, entry)
-
-    def drop(self, below: int) -> None:
-        self._store.drop(self._global_rank, below)
-
-    def find(
-        self, global_rank: int, key: str
-    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
-        found = self._store.find(global_rank, key)
-        if found is None:
-            return None
-        entry, chunk = found
-        return map_private(chunk.path, entry.offset, entry.nbytes), entry.checksum, entry.meta
-
-    def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
-        return self._store.inventory(global_rank, prefix)
-
-
 class LocalVault(Vault):
     """A vault without an agent (plain torchrun, srun): it dies with the worker.
 
@@ -318,4 +268,4 @@ class LocalVault(Vault):
         self, global_rank: int, on_map: Callable[[torch.Tensor], None] | None = None
     ) -> None:
         self._store = VaultStore()
-        super().__init__(_StoreShelf(self._store, global_rank), global_rank, on_map)
+        super().__init__(StoreShelf(self._store, global_rank), global_rank, on_map)

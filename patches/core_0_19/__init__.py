@@ -6,5 +6,7 @@ that each of them takes, called right after that module's import.
 
 AFTER_IMPORT: dict[str, str] = {
     "megatron.core.datasets.utils": "use_compiled_helpers",
+    "megatron.core.optimizer.distrib_optimizer": "load_into_torch_adam",
+    "megatron.core.tensor_parallel.random": "expect_cpu_draws",
     "megatron.core.transformer.torch_norm": "allow_sequence_parallel_norm",
 }

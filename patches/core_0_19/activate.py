@@ -11,6 +11,7 @@ def activate(args: Namespace, config: Config) -> None:
     """Runs once per process with the host's final arguments, before any process group exists."""
     from . import training
 
+    training.DIGEST_INTERVAL, training.DIGEST_DIRECTORY = config.digest_interval, config.dir
     if not config.moetion:
         return
     if config.replicas > 0:

@@ -334,6 +334,17 @@ ROWS: tuple[Patch, ...] = (
         retire_when="saving is repeatable",
     ),
     Patch(
+        target="megatron.training.training:train_step",
+        how="around",
+        handler=t.digest_step,
+        signature="(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, iteration=..., pg_collection=..., p2p_communicator=...)",
+        digest="68989d425b23",
+        stage="digest",
+        group="digest",
+        why="hashes of the state after an iteration",
+        retire_when="Megatron offers iteration hooks",
+    ),
+    Patch(
         target="megatron.training.ft_integration:shutdown",
         how="around",
         handler=t.finished,

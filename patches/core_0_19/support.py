@@ -29,7 +29,7 @@ class Unsupported:
     digest: bool = False
 
     def __str__(self) -> str:
-        return f"{self.feature} is not supported: {self.why}; {self.instead}"
+        return f"not supported: {self.feature}, because {self.why}; {self.instead}"
 
 
 def unsupported(args: Namespace, *, digest_only: bool = False) -> list[Unsupported]:

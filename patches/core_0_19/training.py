@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .host import Call, MegatronHost
 
 JOB: Job | None = None
 SESSION: Session | None = None
+DIGEST_INTERVAL = 0
+DIGEST_DIRECTORY = Path("moetion")
 
 
 def job() -> Job:
@@ -333,3 +336,19 @@ def _rehearsing() -> bool:
 
 def _register(chunk: torch.Tensor) -> None:
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
+
+
+def digest_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Records hashes after every N-th iteration; the only handler of a run that is not protected."""
+    from megatron_moetion import digest
+
+    from .operators_host import canonical_buffers, find_operators
+
+    result = host(*args, **kwargs)
+    iteration, options = kwargs["iteration"] + 1, get_args()
+    if iteration % DIGEST_INTERVAL == 0:
+        _, _, model, optimizer, *_ = args
+        hashes = digest.state_hashes(find_operators(model, optimizer), canonical_buffers(model))
+        digest.record(DIGEST_DIRECTORY, options.rank, iteration, result[0], hashes)
+    return result
+

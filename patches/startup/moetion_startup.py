@@ -5,6 +5,7 @@ is imported from the project until the process imports the host, so the launcher
 data-loader children stay as they are.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -37,9 +38,7 @@ class _SiblingFinder(importlib.abc.MetaPathFinder):
         """Returns where our two packages are, and calls for activation on the host's import."""
         if fullname == HOST and self._armed:
             self._armed = False
-            import megatron_moetion_patches.activation as activation
-
-            activation.before_host_import()
+            importlib.import_module("megatron_moetion_patches.activation").before_host_import()
         directory = self._packages.get(fullname)
         if directory is None or not (directory / "__init__.py").is_file():
             return None

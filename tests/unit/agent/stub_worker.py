@@ -3,19 +3,17 @@
 `python stub_worker.py [--moetion] [--moetion-dir DIR] --iterations N [--die RANK:PLACE[:HOW]]...`
 
 PLACE is an iteration ("5") or a notice of the recovery round ("freeze", "abort", "facts"), the
-latter with "@EPOCH". HOW is kill (default), exit or raise. Each death happens once per job. Iterations are
-in step: all ranks wait for each other through the store, as pipeline stages would.
+latter with "@EPOCH". HOW is kill (default), exit or raise. Each death happens once per job.
+Iterations are in step: all ranks wait for each other through the store, as pipeline stages would.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import queue
 import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,12 +40,17 @@ class Worker:
         self.log = EventLog(args.moetion_dir, f"rank-{RANK}")
         hello = {"op": "hello", "global_rank": RANK, "pid": os.getpid()}
         self.welcome = link.request({**hello, "replacement": self.replacement})
-        self.log.emit("welcome", pid=os.getpid(), replacement=self.replacement, **{
-            key: value for key, value in self.welcome.items() if key not in ("op", "id")
-        })
+        self.log.emit(
+            "welcome",
+            pid=os.getpid(),
+            replacement=self.replacement,
+            **{key: value for key, value in self.welcome.items() if key not in ("op", "id")},
+        )
         self.vault = agent_vault(link, RANK)
         self.store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
             timeout=timedelta(seconds=60),
         )
         self.epoch = self.welcome["epoch"]
@@ -58,7 +61,9 @@ class Worker:
         return torch.full((FRAME_BYTES,), (rank * 16 + iteration) % 251, dtype=torch.uint8)
 
     def save(self) -> None:
-        self.vault.put(f"frame/{self.iteration}/all", self.frame(RANK, self.iteration), {"i": self.iteration})
+        self.vault.put(
+            f"frame/{self.iteration}/all", self.frame(RANK, self.iteration), {"i": self.iteration}
+        )
         self.vault.drop(self.iteration - 2)
         self.link.send({"op": "position", "position": self.position()})
 
@@ -163,16 +168,10 @@ def main() -> None:
     parser.add_argument("--moetion-timeout", type=float)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--die", action="append", default=[])
-    parser.add_argument("--exit-code", type=int, default=0)
-    parser.add_argument("--hang", action="store_true")
     args = parser.parse_args()
-    if args.hang:
-        print(json.dumps({"pid": os.getpid()}), flush=True)
-        time.sleep(600)
-    link = AgentLink.connect() if args.moetion else None
-    if link is not None and args.exit_code == 0:
-        Worker(args, link).train()
-    sys.exit(args.exit_code)
+    link = AgentLink.connect()
+    assert link is not None
+    Worker(args, link).train()
 
 
 if __name__ == "__main__":

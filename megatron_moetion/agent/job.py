@@ -1,0 +1,72 @@
+"""What the agent of a node has been asked to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from megatron_moetion.agent.membership import Members
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a worker runs.
+
+    Attributes:
+        interpreter: how Python is started; empty with --no-python.
+        module: `script` is a module's name.
+        script: path, module or (--no-python) executable.
+        args: its arguments.
+    """
+
+    interpreter: tuple[str, ...]
+    module: bool
+    script: str
+    args: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        """For a cold start."""
+        return [*self.interpreter, *(["-m"] if self.module else []), self.script, *self.args]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the agent of a node needs to know.
+
+    Attributes:
+        members: all nodes.
+        program: what the workers run.
+        env: environment of every worker, without its rank.
+        protected: --moetion is among the script's arguments.
+        num_spares: warm spares on this node.
+        directory: of the run's events; None keeps none.
+        secret: the job's.
+        timeout: for each phase of a recovery.
+    """
+
+    members: Members
+    program: Program
+    env: Mapping[str, str]
+    protected: bool
+    num_spares: int
+    directory: str | None
+    secret: bytes
+    timeout: timedelta
+
+    def rank_env(self, global_rank: int, epoch: int, replacement: bool) -> dict[str, str]:
+        """What a worker's environment has besides `env`: torchrun's names, and ours."""
+        members, own = self.members, self.members.own
+        return {
+            "RANK": str(global_rank),
+            "LOCAL_RANK": str(global_rank - own.first_global_rank),
+            "ROLE_RANK": str(global_rank),
+            "GROUP_RANK": str(own.node_rank),
+            "WORLD_SIZE": str(members.world_size),
+            "ROLE_WORLD_SIZE": str(members.world_size),
+            "LOCAL_WORLD_SIZE": str(own.num_workers),
+            "GROUP_WORLD_SIZE": str(len(members.nodes)),
+            "MOETION_EPOCH": str(epoch),
+            "MOETION_REPLACEMENT": "1" if replacement else "0",
+        }

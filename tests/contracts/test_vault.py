@@ -1,0 +1,299 @@
+"""One suite for every vault: in this process, through an agent, and read from another node."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Listener
+
+import pytest
+import torch
+
+from megatron_moetion.agent.desk import Desk
+from megatron_moetion.agent.link import AgentLink
+from megatron_moetion.agent.membership import Member, Members
+from megatron_moetion.agent.peers import Peers
+from megatron_moetion.agent.shelf import agent_vault
+from megatron_moetion.agent.wire import Channel, unix_address
+from megatron_moetion.vault import CorruptEntry, LocalVault, Vault
+from megatron_moetion.vault.store import VaultStore
+
+SECRET = b"contract"
+RANK = 0
+Connect = Callable[[int], Vault]
+
+
+class TwoNodes:
+    """Two agents' desks in this process, one rank on each."""
+
+    def __init__(self) -> None:
+        listeners = [Listener(("127.0.0.1", 0), family="AF_INET") for _ in range(2)]
+        nodes = tuple(
+            Member(node_rank, "127.0.0.1", listener.address[1], 1, node_rank)
+            for node_rank, listener in enumerate(listeners)
+        )
+        self.token = secrets.token_hex(4)
+        self.links: list[AgentLink] = []
+        self.stores = [VaultStore(), VaultStore()]
+        for node_rank, listener in enumerate(listeners):
+            members = Members(nodes, node_rank)
+            desk = Desk(
+                members,
+                self.stores[node_rank],
+                Peers(members, SECRET),
+                SECRET,
+                lambda rank: {"op": "welcome"},
+                lambda item: None,
+            )
+            desk.open(listener)
+            desk.open(Listener(unix_address(self.name(node_rank)), family="AF_UNIX"))
+
+    def name(self, node_rank: int) -> str:
+        return f"@moetion-contract-{self.token}-{node_rank}"
+
+    def vault(self, global_rank: int) -> Vault:
+        link = AgentLink(Channel.to_agent(self.name(global_rank), SECRET))
+        self.links.append(link)
+        link.request({"op": "hello", "global_rank": global_rank})
+        return agent_vault(link, global_rank)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        for store in self.stores:
+            store.close()
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[TwoNodes]:
+    nodes = TwoNodes()
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture(params=["local", "agent", "other node"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Vault, Vault]]:
+    """(vault that writes rank 0's entries, vault that reads them)."""
+    if request.param == "local":
+        vault: Vault = LocalVault(RANK)
+        yield vault, vault
+        return
+    nodes = TwoNodes()
+    writer = nodes.vault(0)
+    yield writer, writer if request.param == "agent" else nodes.vault(1)
+    nodes.close()
+
+
+def pattern(nbytes: int, seed: int = 0) -> torch.Tensor:
+    return torch.arange(seed, seed + nbytes).to(torch.uint8)
+
+
+def settle(vault: Vault) -> None:
+    """One-way messages of this vault have been handled once a request has been answered."""
+    vault.inventory(vault.global_rank, "")
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4097, 5_000_000])
+def test_what_was_put_is_fetched(pair: tuple[Vault, Vault], nbytes: int) -> None:
+    writer, reader = pair
+    data = pattern(nbytes)
+    writer.put("frame/3/a", data, {"step": 3, "name": "x"})
+    settle(writer)
+    fetched = reader.fetch(RANK, "frame/3/a")
+    assert fetched is not None
+    assert torch.equal(fetched.data, data)
+    assert fetched.meta == {"step": 3, "name": "x"}
+
+
+def test_a_region_is_not_there_before_it_is_sealed(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    writer.reserve("boundary/1/0", 100).fill_(1)
+    settle(writer)
+    assert reader.fetch(RANK, "boundary/1/0") is None
+    writer.seal("boundary/1/0", {})
+    settle(writer)
+    assert reader.fetch(RANK, "boundary/1/0") is not None
+
+
+def test_regions_are_aligned_and_do_not_overlap(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    for index in range(50):
+        region = writer.reserve(f"boundary/1/{index}", 100 + index)
+        assert region.data_ptr() % 64 == 0
+        region.fill_(index)
+        writer.seal(f"boundary/1/{index}", {})
+    settle(writer)
+    for index in range(50):
+        fetched = reader.fetch(RANK, f"boundary/1/{index}")
+        assert fetched is not None
+        assert fetched.data.tolist() == [index] * (100 + index)
+
+
+def test_a_missing_entry_is_none(pair: tuple[Vault, Vault]) -> None:
+    assert pair[1].fetch(RANK, "frame/1/a") is None
+
+
+def test_an_inventory_lists_sealed_entries_by_prefix(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    writer.put("frame/1/a", pattern(3), {"n": 1})
+    writer.put("batch/1/a", pattern(4), {})
+    writer.reserve("frame/2/a", 5)
+    settle(writer)
+    (listing,) = reader.inventory(RANK, "frame/")
+    assert (listing.key, listing.nbytes, listing.meta) == ("frame/1/a", 3, {"n": 1})
+
+
+def test_damage_is_found_and_named(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    region = writer.reserve("frame/7/a", 1000)
+    region.fill_(1)
+    writer.seal("frame/7/a", {})
+    region[500] = 2
+    settle(writer)
+    with pytest.raises(CorruptEntry, match="frame/7/a of rank 0"):
+        reader.fetch(RANK, "frame/7/a")
+
+
+def test_writing_to_what_was_fetched_never_reaches_the_vault(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    writer.put("frame/1/a", pattern(100), {})
+    settle(writer)
+    fetched = reader.fetch(RANK, "frame/1/a")
+    assert fetched is not None
+    fetched.data.fill_(0)
+    again = reader.fetch(RANK, "frame/1/a")
+    assert again is not None
+    assert torch.equal(again.data, pattern(100))
+
+
+def test_sealing_a_key_again_replaces_the_entry(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    writer.put("batch/4/0", pattern(10), {"try": 1})
+    writer.put("batch/4/0", pattern(20, seed=5), {"try": 2})
+    settle(writer)
+    fetched = reader.fetch(RANK, "batch/4/0")
+    assert fetched is not None
+    assert torch.equal(fetched.data, pattern(20, seed=5))
+    assert fetched.meta == {"try": 2}
+    assert writer.usage().num_entries == 1
+
+
+def test_drop_forgets_what_is_below(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    for iteration in (8, 9, 10):
+        writer.put(f"frame/{iteration}/a", pattern(10), {})
+        writer.put(f"header/{iteration}/a", pattern(10), {})
+    writer.drop(10)
+    settle(writer)
+    assert [entry.key for entry in reader.inventory(RANK, "")] == ["frame/10/a", "header/10/a"]
+    assert reader.fetch(RANK, "frame/9/a") is None
+
+
+def test_memory_does_not_grow_once_warm(pair: tuple[Vault, Vault]) -> None:
+    writer, _ = pair
+    used = []
+    for iteration in range(60):
+        writer.put(f"frame/{iteration}/a", pattern(1_500_000), {})
+        for microbatch in range(20):
+            writer.put(f"boundary/{iteration}/{microbatch}", pattern(100_000), {})
+        writer.drop(iteration - 3)
+        used.append(writer.usage())
+    assert used[-1] == used[5]
+    assert used[-1].used_bytes == 4 * (1_500_000 + 20 * 100_000)
+
+
+def test_an_iteration_that_is_aborted_and_run_again_leaks_nothing(
+    pair: tuple[Vault, Vault],
+) -> None:
+    writer, _ = pair
+    for iteration in range(20):
+        for _ in range(3):
+            writer.reserve(f"boundary/{iteration}/0", 10).fill_(0)
+            writer.reserve(f"frame/{iteration}/0", 10).fill_(0)
+            writer.abandon()
+        writer.put(f"boundary/{iteration}/0", pattern(10), {})
+        writer.drop(iteration)
+    assert writer.usage().num_entries == 1
+    assert writer.usage().num_chunks <= 3
+
+
+def test_a_region_below_the_drop_line_is_forgotten_when_it_is_sealed(
+    pair: tuple[Vault, Vault],
+) -> None:
+    writer, reader = pair
+    writer.reserve("frame/1/a", 10).fill_(0)
+    writer.drop(5)
+    writer.seal("frame/1/a", {})
+    settle(writer)
+    assert reader.fetch(RANK, "frame/1/a") is None
+    assert writer.usage().used_bytes == 0
+
+
+def test_a_key_cannot_be_written_twice_at_once(pair: tuple[Vault, Vault]) -> None:
+    writer, _ = pair
+    writer.reserve("frame/1/a", 10)
+    with pytest.raises(ValueError, match="already being written"):
+        writer.reserve("frame/1/a", 10)
+
+
+def test_sealing_what_was_not_reserved_is_an_error(pair: tuple[Vault, Vault]) -> None:
+    with pytest.raises(KeyError):
+        pair[0].seal("frame/1/a", {})
+
+
+def test_many_threads_may_write_and_read(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    barrier = threading.Barrier(6)
+
+    def work(thread: int) -> None:
+        barrier.wait()
+        for index in range(40):
+            key = f"boundary/{index}/{thread}"
+            writer.put(key, pattern(1000, seed=thread), {})
+            settle(writer)
+            fetched = reader.fetch(RANK, key)
+            assert fetched is not None
+            assert torch.equal(fetched.data, pattern(1000, seed=thread))
+
+    with ThreadPoolExecutor(6) as pool:
+        for future in [pool.submit(work, thread) for thread in range(6)]:
+            future.result()
+    assert writer.usage().num_entries == 240
+
+
+def test_each_chunk_is_announced_once_when_it_is_mapped() -> None:
+    mapped: list[int] = []
+    vault = LocalVault(RANK, on_map=lambda chunk: mapped.append(chunk.numel()))
+    for iteration in range(5):
+        vault.put(f"frame/{iteration}/a", pattern(10), {})
+        vault.drop(iteration)
+    assert len(mapped) == vault.usage().num_chunks == 2
+
+
+def test_the_entries_of_a_dead_worker_serve_its_replacement(two_nodes: TwoNodes) -> None:
+    dead = two_nodes.vault(0)
+    dead.put("frame/1/a", pattern(100), {})
+    dead.reserve("frame/2/a", 100)
+    settle(dead)
+    two_nodes.links[0].close()
+    two_nodes.stores[0].orphan(0)
+    replacement = two_nodes.vault(0)
+    assert [entry.key for entry in replacement.inventory(0, "")] == ["frame/1/a"]
+    fetched = replacement.fetch(0, "frame/1/a")
+    assert fetched is not None
+    assert torch.equal(fetched.data, pattern(100))
+    allocated = two_nodes.stores[0].allocated_bytes()
+    replacement.drop(2)
+    settle(replacement)
+    for iteration in (3, 4):
+        replacement.put(f"frame/{iteration}/a", pattern(100), {})
+    settle(replacement)
+    assert two_nodes.stores[0].allocated_bytes() == allocated
+
+
+def test_a_bad_message_is_refused_with_its_reason(two_nodes: TwoNodes) -> None:
+    two_nodes.vault(0)
+    with pytest.raises(RuntimeError, match="global rank 7 is not one of 2"):
+        two_nodes.links[0].request({"op": "fetch", "global_rank": 7, "key": "frame/1/a"})

@@ -1,0 +1,379 @@
+"""The leader's decisions, event by event, and under failures in any order."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moetion.agent.decision import (
+    AgentLost,
+    Command,
+    End,
+    Event,
+    Exited,
+    Expired,
+    Gather,
+    Gathered,
+    Notify,
+    Record,
+    Replace,
+    Said,
+)
+from megatron_moetion.agent.round import MAX_RETRIES, Round
+from megatron_moetion.recovery.phase import FINAL, Phase
+
+NODES = ((0, 1), (2, 3))
+WORLD = (0, 1, 2, 3)
+
+
+def at(iteration: int) -> dict[str, int]:
+    return {"iteration": iteration, "committed": iteration}
+
+
+def die(rank: int, iteration: int = 5, code: int = 137) -> Exited:
+    return Exited(rank, code, at(iteration))
+
+
+def say(rank: int, op: str, **fields: Any) -> Said:
+    return Said(rank, {"op": op, **fields})
+
+
+def notices(commands: list[Command], op: str) -> list[Notify]:
+    return [c for c in commands if isinstance(c, Notify) and c.message["op"] == op]
+
+
+def recorded(commands: list[Command]) -> list[str]:
+    return [command.kind for command in commands if isinstance(command, Record)]
+
+
+def ends(commands: list[Command]) -> list[End]:
+    return [command for command in commands if isinstance(command, End)]
+
+
+def feed_all(leader: Round, events: list[Event]) -> list[Command]:
+    return [command for event in events for command in leader.feed(event)]
+
+
+def gathered(leader: Round, node_rank: int) -> Gathered:
+    ranks = NODES[node_rank]
+    frames = {str(rank): [{"key": f"frame/5/{rank}"}] for rank in ranks}
+    positions = {str(rank): at(5) for rank in ranks}
+    return Gathered(node_rank, leader.epoch, frames, positions)
+
+
+def drive(leader: Round, dead: set[int], until: Phase) -> list[Command]:
+    """Let everybody answer in order until a phase is reached; returns the last commands."""
+    alive = [rank for rank in WORLD if rank not in dead]
+    commands: list[Command] = []
+    while leader.phase is not until:
+        epoch = leader.epoch
+        match leader.phase:
+            case Phase.PLANNING:
+                answers: list[Event] = [
+                    say(r, "report", epoch=epoch, position=at(5)) for r in alive
+                ]
+            case Phase.SETTLING:
+                answers = [say(r, "settled", epoch=epoch) for r in alive]
+            case Phase.REGROUPING:
+                answers = [say(r, "ready", epoch=epoch) for r in dead]
+                answers += [say(r, "quiesced", epoch=epoch) for r in alive]
+            case Phase.GATHERING:
+                answers = [gathered(leader, node_rank) for node_rank in range(2)]
+            case Phase.RESTORING:
+                answers = [say(r, "joined", epoch=epoch, details={}) for r in WORLD]
+            case other:
+                raise AssertionError(f"stuck in {other}")
+        commands = feed_all(leader, answers)
+    return commands
+
+
+def in_phase(phase: Phase) -> Round:
+    leader = Round(NODES)
+    if phase is Phase.FINISHED:
+        events: list[Event] = [say(rank, "finished") for rank in WORLD]
+        feed_all(leader, events + [Exited(rank, 0, at(9)) for rank in WORLD])
+    elif phase is Phase.FALLING_BACK:
+        leader.feed(say(0, "hopeless", reason="no frames"))
+    elif phase is not Phase.TRAINING:
+        leader.feed(die(3))
+        drive(leader, {3}, phase)
+    assert leader.phase is phase
+    return leader
+
+
+def test_a_death_freezes_the_others_and_assigns_a_replacement_at_once() -> None:
+    leader = Round(NODES)
+    commands = leader.feed(die(3))
+    assert notices(commands, "freeze") == [
+        Notify((0, 1, 2), {"op": "freeze", "epoch": 1, "dead": [3]})
+    ]
+    assert Replace(3, 1, ()) in commands
+    assert leader.phase is Phase.PLANNING
+
+
+def test_the_furthest_survivor_decides_what_is_committed() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    leader.feed(say(0, "report", epoch=1, position=at(6)))
+    leader.feed(say(1, "report", epoch=1, position=at(7)))
+    commands = leader.feed(say(2, "report", epoch=1, position=at(6)))
+    verdict = {"op": "verdict", "epoch": 1, "committed": 7}
+    assert notices(commands, "verdict") == [Notify((0, 1, 2), verdict)]
+
+
+def test_facts_hold_every_inventory_and_the_newest_positions() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.GATHERING)
+    leader.feed(gathered(leader, 1))
+    (facts,) = notices(leader.feed(gathered(leader, 0)), "facts")
+    assert facts.global_ranks == WORLD
+    assert facts.message["committed"] == 5
+    assert facts.message["dead"] == [3]
+    assert set(facts.message["frames"]) == set(facts.message["positions"]) == set("0123")
+
+
+def test_everybody_resumes_once_all_have_joined() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    commands = drive(leader, {3}, Phase.TRAINING)
+    assert notices(commands, "resume") == [Notify(WORLD, {"op": "resume", "epoch": 1})]
+    assert recorded(commands) == ["resumed"]
+
+
+def test_the_first_notice_of_a_whole_round_is_seen_in_order() -> None:
+    leader = Round(NODES)
+    order = [c.message["op"] for c in leader.feed(die(3)) if isinstance(c, Notify)]
+    for phase in (Phase.SETTLING, Phase.REGROUPING, Phase.GATHERING, Phase.RESTORING):
+        commands = drive(leader, {3}, phase)
+        order += [c.message["op"] for c in commands if isinstance(c, Notify)]
+        order += ["gather" for c in commands if isinstance(c, Gather)]
+    order += [c.message["op"] for c in drive(leader, {3}, Phase.TRAINING) if isinstance(c, Notify)]
+    assert order == ["freeze", "verdict", "abort", "gather", "facts", "resume"]
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in FINAL])
+def test_a_second_death_in_any_phase_starts_the_round_again(phase: Phase) -> None:
+    leader = in_phase(phase)
+    before = leader.epoch
+    commands = leader.feed(die(1))
+    (freeze,) = notices(commands, "freeze")
+    assert leader.phase is Phase.PLANNING
+    assert leader.epoch == before + 1
+    assert freeze.message["dead"] == ([1] if phase is Phase.TRAINING else [1, 3])
+    drive(leader, {1} if phase is Phase.TRAINING else {1, 3}, Phase.TRAINING)
+
+
+def test_a_replacement_that_is_ready_counts_in_the_next_round_and_hears_of_it() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.RESTORING)
+    (freeze,) = notices(leader.feed(die(2)), "freeze")
+    assert freeze.global_ranks == (0, 1, 3)
+    drive(leader, {2, 3}, Phase.REGROUPING)
+    assert leader.missing() == [0, 1, 2]
+
+
+def test_a_replacement_that_still_boots_is_waited_for_and_not_started_again() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    commands = leader.feed(die(2))
+    assert [c.global_rank for c in commands if isinstance(c, Replace)] == [2]
+    drive_to_regroup = [say(r, "report", epoch=2, position=at(5)) for r in (0, 1)]
+    feed_all(leader, drive_to_regroup + [say(r, "settled", epoch=2) for r in (0, 1)])
+    feed_all(leader, [say(r, "quiesced", epoch=2) for r in (0, 1)])
+    assert leader.missing() == [2, 3]
+    # It read its epoch when it was started; by now there has been another failure.
+    leader.feed(say(3, "ready", epoch=1))
+    assert leader.missing() == [2]
+
+
+@pytest.mark.parametrize("op", ["report", "settled", "quiesced", "joined"])
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in FINAL])
+def test_an_answer_to_an_older_epoch_changes_nothing(phase: Phase, op: str) -> None:
+    leader = in_phase(phase)
+    missing = leader.missing()
+    assert leader.feed(say(0, op, epoch=leader.epoch - 1, position=at(99))) == []
+    assert (leader.phase, leader.missing()) == (phase, missing)
+
+
+EVENTS: dict[str, Event] = {
+    "death": die(0),
+    "unprotected death": Exited(0, 1, None),
+    "report": say(0, "report", epoch=1, position=at(5)),
+    "settled": say(0, "settled", epoch=1),
+    "quiesced": say(0, "quiesced", epoch=1),
+    "ready": say(3, "ready", epoch=1),
+    "joined": say(0, "joined", epoch=1),
+    "finished": say(0, "finished"),
+    "fired": say(0, "fired", index=0),
+    "hopeless": say(0, "hopeless", reason="no frames"),
+    "unknown": say(0, "gossip"),
+    "gathered": Gathered(0, 1, {}, {}),
+    "stale gathered": Gathered(0, 0, {}, {}),
+    "agent lost": AgentLost(1, "reset"),
+    "stale expiry": Expired(0, Phase.SETTLING, timedelta(seconds=1)),
+}
+ENDING = {"unprotected death", "hopeless", "unknown", "agent lost"}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize("phase", Phase)
+def test_every_event_has_a_defined_answer_in_every_phase(phase: Phase, name: str) -> None:
+    leader = in_phase(phase)
+    commands = leader.feed(EVENTS[name])
+    if phase in FINAL:
+        assert (leader.phase, commands) == (phase, [])
+    elif name in ENDING:
+        assert leader.phase is Phase.FALLING_BACK
+        assert ends(commands)[0].code != 0
+    elif name == "death":
+        assert leader.phase is Phase.PLANNING
+    else:
+        assert leader.phase is phase
+        assert not ends(commands)
+
+
+def test_a_worker_without_a_frame_ends_the_job_with_its_code() -> None:
+    (end,) = ends(Round(NODES).feed(Exited(2, 2, None)))
+    assert (end.code, end.reason) == (
+        2,
+        "rank 2 ended with code 2 before its first frame was sealed",
+    )
+
+
+def test_a_rank_that_keeps_failing_at_one_iteration_ends_the_job() -> None:
+    leader = Round(NODES)
+    for _ in range(MAX_RETRIES):
+        assert not ends(leader.feed(die(3, iteration=5)))
+        drive(leader, {3}, Phase.TRAINING)
+    (end,) = ends(leader.feed(die(3, iteration=5)))
+    assert end.reason == "rank 3 failed 4 times at iteration 5"
+    assert end.code == 137
+
+
+def test_a_rank_may_fail_at_many_iterations() -> None:
+    leader = Round(NODES)
+    for iteration in range(3 * MAX_RETRIES):
+        assert not ends(leader.feed(die(3, iteration=iteration)))
+        drive(leader, {3}, Phase.TRAINING)
+
+
+def test_the_job_ends_with_the_first_code_when_no_survivor_is_left() -> None:
+    leader = Round(((0, 1),))
+    leader.feed(die(0, code=3))
+    (end,) = ends(leader.feed(die(1, code=4)))
+    assert (end.code, end.reason) == (3, "no survivor is left")
+
+
+def test_an_exit_without_finished_is_a_failure_even_with_code_zero() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3, code=0))
+    assert leader.phase is Phase.PLANNING
+
+
+def test_the_job_is_done_when_all_have_finished_and_left() -> None:
+    leader = Round(NODES)
+    feed_all(leader, [say(rank, "finished") for rank in WORLD])
+    commands = feed_all(leader, [Exited(rank, 1 if rank == 2 else 0, at(9)) for rank in WORLD])
+    assert commands == [End("", 0)]
+
+
+def test_a_failure_after_others_have_finished_ends_the_job() -> None:
+    leader = Round(NODES)
+    leader.feed(say(0, "finished"))
+    (end,) = ends(leader.feed(die(3)))
+    assert "after ranks [0] had finished" in end.reason
+
+
+def test_faults_that_fired_anywhere_are_told_to_every_replacement() -> None:
+    leader = Round(NODES)
+    feed_all(leader, [say(1, "fired", index=2), say(3, "fired", index=0)])
+    assert Replace(3, 1, (0, 2)) in leader.feed(die(3))
+
+
+@pytest.mark.parametrize(
+    ("phase", "who"),
+    [
+        (Phase.PLANNING, "ranks [0, 1, 2]"),
+        (Phase.REGROUPING, "ranks [0, 1, 2, 3]"),
+        (Phase.GATHERING, "nodes [0, 1]"),
+    ],
+)
+def test_a_phase_that_takes_too_long_ends_the_job_and_names_who_is_missing(
+    phase: Phase, who: str
+) -> None:
+    leader = in_phase(phase)
+    (end,) = ends(leader.feed(Expired(1, phase, timedelta(seconds=30))))
+    assert end.reason.startswith(f"{who} did not answer within 30 s in phase {phase.name}")
+
+
+class World:
+    """Workers that answer what they are told, in any order, and die at any moment."""
+
+    def __init__(self, max_deaths: int) -> None:
+        self.leader = Round(NODES, max_retries=max_deaths)
+        self.pending: list[Event] = []
+        self.resumed: dict[int, int] = {}
+        self.ended: list[End] = []
+        self.dead: set[int] = set()
+
+    def apply(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Notify():
+                    for rank in command.global_ranks:
+                        self.tell(rank, command.message)
+                case Replace():
+                    self.pending.append(say(command.global_rank, "ready", epoch=command.epoch))
+                case Gather():
+                    self.pending += [gathered(self.leader, node_rank) for node_rank in range(2)]
+                case End():
+                    self.ended.append(command)
+
+    def tell(self, rank: int, message: dict[str, Any]) -> None:
+        answers = {"freeze": "report", "verdict": "settled", "abort": "quiesced", "facts": "joined"}
+        if message["op"] == "freeze":
+            self.dead = set(message["dead"])
+            if rank in self.dead:
+                return
+        if message["op"] == "resume":
+            self.resumed[rank] = message["epoch"]
+            return
+        answer = answers[message["op"]]
+        self.pending.append(say(rank, answer, epoch=message["epoch"], position=at(5)))
+
+    def kill(self, rank: int) -> None:
+        # What a dead worker had sent has been fed; what it would have sent never comes.
+        self.pending = [
+            e for e in self.pending if not (isinstance(e, Said) and e.global_rank == rank)
+        ]
+        self.apply(self.leader.feed(die(rank)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_order_of_answers_and_deaths_ends_in_training_or_in_a_clear_end(
+    data: st.DataObject,
+) -> None:
+    num_deaths = data.draw(st.integers(1, 6))
+    world = World(num_deaths)
+    deaths = 0
+    while not world.ended and (deaths < num_deaths or world.leader.phase is not Phase.TRAINING):
+        choices = len(world.pending) + (1 if deaths < num_deaths else 0)
+        assert choices, f"stuck in {world.leader.phase}, missing {world.leader.missing()}"
+        choice = data.draw(st.integers(0, choices - 1))
+        if choice == len(world.pending):
+            deaths += 1
+            world.kill(data.draw(st.sampled_from(WORLD)))
+        else:
+            world.apply(world.leader.feed(world.pending.pop(choice)))
+    if world.ended:
+        assert world.ended[0].reason == "no survivor is left"
+    else:
+        assert world.resumed == dict.fromkeys(WORLD, world.leader.epoch)
+        assert world.leader.epoch == num_deaths

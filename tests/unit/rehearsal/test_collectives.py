@@ -1,0 +1,38 @@
+"""gloo where NCCL was asked for."""
+
+import inspect
+
+import torch
+import torch.distributed as dist
+
+from megatron_moetion.rehearsal import collectives
+
+
+def test_groups_that_ask_for_nccl_get_gloo(apart):
+    def body():
+        collectives.install()
+        dist.init_process_group(
+            backend="nccl",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            device_id=torch.device("cuda:0"),
+        )
+        group = dist.new_group([0], backend="nccl", pg_options=object())
+        assert dist.get_backend(group) == "gloo"
+        tensor = torch.ones(2)
+        dist.all_reduce(tensor, group=group)
+        assert tensor.tolist() == [1.0, 1.0]
+        dist.destroy_process_group()
+
+    apart(body)
+
+
+def test_signatures_stay_the_hosts(apart):
+    def body():
+        before = inspect.signature(dist.new_group)
+        collectives.install()
+        assert inspect.signature(dist.new_group) == before
+        assert dist.new_group is dist.distributed_c10d.new_group
+
+    apart(body)
