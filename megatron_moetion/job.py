@@ -117,6 +117,11 @@ class Job:
         for hook in self.hooks:
             hook(notice)
 
+    @property
+    def store_port(self) -> int:
+        """Where the job's store listens."""
+        return int(os.environ["MASTER_PORT"])
+
     def send(self, op: str, **fields: Any) -> None:
         """Tells the agent, if there is one."""
         if self.link is not None:
@@ -129,8 +134,10 @@ class Job:
     def init_world(self, epoch: int) -> None:
         """Initialises torch.distributed under a new epoch of the job's store."""
         if self.store is None:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = dist.TCPStore(address, port, is_master=False, timeout=self.group_timeout)
+            address = os.environ["MASTER_ADDR"]
+            self.store = dist.TCPStore(
+                address, self.store_port, is_master=False, timeout=self.group_timeout
+            )
         dist.init_process_group(
             self.backend,
             store=dist.PrefixStore(f"moetion/epoch/{epoch}", self.store),

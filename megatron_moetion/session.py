@@ -229,7 +229,7 @@ class Session:
     def _abort(self, which: Callable[[tuple[int, ...]], bool]) -> None:
         for group in self.job.groups.live():
             if which(tuple(dist.get_process_group_ranks(group))):
-                group.abort()
+                self.job.groups.abort(group, self.job.store_port)
 
     # -- a peer is lost (training thread) -----------------------------------------------------------------------
 

@@ -10,9 +10,12 @@ import gc
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+
+from megatron_moetion.recovery.abort import Sockets, abort, open_sockets
 
 Group = Any
 """A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the group."""
@@ -26,6 +29,11 @@ class Recipe:
     options: Mapping[str, Any]
 
 
+def _make_again(recipe: Recipe) -> Group:
+    ranks = None if recipe.ranks is None else list(recipe.ranks)
+    return dist.new_group(ranks=ranks, **recipe.options)
+
+
 class GroupRecorder:
     """Remembers every process group in creation order.
 
@@ -37,12 +45,26 @@ class GroupRecorder:
         self._recipes: list[Recipe] = []
         self._groups: list[Group] = []
         self._stale: dict[int, tuple[Group, str]] = {}
+        self._sockets: dict[int, Sockets] = {}
         self.rebuilding = False
+
+    def make(self, maker: Callable[[], Group]) -> Group:
+        """Makes a group, or the world, and notes its connections for `abort`."""
+        before = open_sockets()
+        group = maker()
+        known = dist.group.WORLD if group is None else group
+        if isinstance(known, dist.ProcessGroup):
+            self._sockets[id(known)] = open_sockets() - before
+        return group
 
     def record(self, group: Group, ranks: list[int] | None, options: Mapping[str, Any]) -> None:
         """Called after `new_group` returned `group`."""
         self._recipes.append(Recipe(None if ranks is None else tuple(ranks), dict(options)))
         self._groups.append(group)
+
+    def abort(self, group: Group, spared_port: int) -> None:
+        """Wakes everybody who waits in this group, here and on its other members; any thread may call it."""
+        abort(group, self._sockets.get(id(group), frozenset()), spared_port)
 
     def name(self, group: Group | None) -> str:
         """`world`, or `g<position>`; stable over epochs.
@@ -91,11 +113,9 @@ class GroupRecorder:
         self._stale |= {id(g): (g, name) for g, name in named}
         self.rebuilding = True
         dist.destroy_process_group()
-        init_world()
-        fresh = [
-            dist.new_group(ranks=None if r.ranks is None else list(r.ranks), **r.options)
-            for r in self._recipes
-        ]
+        self._sockets.clear()
+        self.make(init_world)
+        fresh = [self.make(partial(_make_again, r)) for r in self._recipes]
         self.rebuilding = False
         self._groups = fresh
         pairs = {

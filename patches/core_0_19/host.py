@@ -19,9 +19,11 @@ from megatron_moetion.operators import Operator, ParamState
 
 from .operators_host import canonical_buffers, find_operators, inner_optimizers
 
-_COUNTERS = ("iteration", "curr_iteration", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+_COUNTERS = ("iteration", "curr_iteration", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples",
+             "do_train", "do_valid", "do_test")  # fmt: skip
 _RERUN = ("current_iteration", "first_iteration_complete", "rerun_requested", "checkpoint_requested",
           "restart_again_requested", "continue_requested", "large_value_counts", "max_values")  # fmt: skip
+_NORM_GROUPS = "_has_grad_norm_group_cache"
 _SCALARS = (bool, int, float, str, tuple, torch.Tensor, type(None))
 
 
@@ -75,6 +77,8 @@ class MegatronHost:
                 o.grad_scaler.state_dict() if getattr(o, "grad_scaler", None) else None
                 for o in inner_optimizers(self.optimizer)
             ],
+            # Filled by a collective of the whole world in the first step, never asked again.
+            "norm_groups": [dict(getattr(o, _NORM_GROUPS, None) or {}) for o in self._optimizers()],
             "rerun": {name: _plain(getattr(rerun, name)) for name in _RERUN},
             "counters": {name: getattr(args, name, None) for name in _COUNTERS},
             "metrics": {name: entry.values for name, entry in get_moe_metrics_tracker()._metrics.items()},
@@ -91,6 +95,8 @@ class MegatronHost:
         for inner, scaler in zip(inner_optimizers(self.optimizer), state["scalers"], strict=True):
             if scaler is not None:
                 inner.grad_scaler.load_state_dict(scaler)
+        for each, cache in zip(self._optimizers(), state["norm_groups"], strict=True):
+            setattr(each, _NORM_GROUPS, dict(cache))
         for name, value in state["rerun"].items():
             setattr(rerun, name, value)
         rerun.state = RerunState.NOT_RUNNING_YET
@@ -103,6 +109,9 @@ class MegatronHost:
             if iterator is not None:
                 iterator.advance()
         _load_rng(state["rng"])
+
+    def _optimizers(self) -> list[Any]:
+        return [self.optimizer, *inner_optimizers(self.optimizer)]
 
     def load_loop_state(self, state: State) -> None:
         self.loop = state["loop"]

@@ -49,7 +49,7 @@ def init_process_group(host: Callable[..., None], *args: Any, **kwargs: Any) -> 
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         args, kwargs = (), {**kwargs, "backend": "fake", "store": FakeStore()}
-    return host(*args, **kwargs)
+    return this.groups.make(lambda: host(*args, **kwargs))
 
 
 def new_group(host: Callable[..., Any], ranks: Any = None, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def new_group(host: Callable[..., Any], ranks: Any = None, **kwargs: Any) -> Any
     if this.groups.rebuilding:
         return host(ranks, **kwargs)
     fake = {"backend": None, "pg_options": None, "use_local_synchronization": False} if this.fake else {}
-    group = host(ranks, **{**kwargs, **fake})
+    group = this.groups.make(lambda: host(ranks, **{**kwargs, **fake}))
     this.groups.record(group, None if ranks is None else list(ranks), kwargs)
     return group
 
@@ -184,8 +184,6 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
         setattr(options, name, value)
     options.iteration = position.iteration - 1
     options.num_floating_point_operations_so_far = state["loop"]["flops"] or 0
-    # On the fake group a broadcast leaves its target as it is.
-    options.do_train = options.do_valid = options.do_test = True
     return built
 
 

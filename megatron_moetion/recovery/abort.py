@@ -1,0 +1,59 @@
+"""Waking a thread that waits inside a collective.
+
+NCCL groups are aborted through torch. Gloo's `abort` (torch 2.13) leaves a waiting thread where it is, and a peer's
+`abort` does not reach it either; only the end of a connection does. So the sockets of each gloo group are noted when
+it is made, and shut down to abort it: the waiting threads on both sides raise at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+Sockets = frozenset[tuple[int, str]]
+"""(file descriptor, its `/proc` link): a descriptor that was closed and used again has another link."""
+
+
+def open_sockets() -> Sockets:
+    """All sockets of this process."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        link = _link(int(name))
+        if link is not None and link.startswith("socket:"):
+            found.add((int(name), link))
+    return frozenset(found)
+
+
+def _link(fd: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return None
+
+
+def cut(sockets: Iterable[tuple[int, str]], spared_port: int) -> None:
+    """Shuts down the TCP connections among these sockets.
+
+    Args:
+        spared_port: the job's store listens there; making the world opens a connection to it too.
+    """
+    for fd, link in sockets:
+        if _link(fd) != link:
+            continue
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            try:
+                if connection.getpeername()[1] != spared_port:
+                    connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # Not connected: a listening socket, or a peer that is gone already.
+                continue
+
+
+def abort(group: Any, sockets: Sockets, spared_port: int) -> None:
+    """Aborts one group; any thread may call it."""
+    group.abort()
+    cut(sockets, spared_port)
