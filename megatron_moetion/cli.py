@@ -72,7 +72,7 @@ def _patch_path(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     env = patch_location.activated(os.environ)
     # The same process goes on as the script, so a launcher keeps watching the right one.
-    options = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
+    options = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]  # private
     script = ["-m", args.script] if args.module else [args.script]
     os.execve(sys.executable, [*options, *script, *args.script_args], env)
 

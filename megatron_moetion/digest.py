@@ -1,7 +1,7 @@
 """Hashes of the whole training state, to compare runs bit for bit.
 
-Every rank appends one JSON line per recorded iteration to `<dir>/digest/rank<N>.jsonl`: a hash of each tensor by
-canonical name, and the loss with all its bits.
+Every rank appends one JSON line per recorded iteration to `<dir>/digest/rank<N>.jsonl`: a hash of
+each tensor by canonical name, and the loss with all its bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def state_hashes(operators: Sequence[Operator], buffers: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def state_hashes(
+    operators: Sequence[Operator], buffers: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
     """Hashes of this rank's compute weights, FP32 shards, optimizer tensors and model buffers."""
     found = {f"{name} buffer": tensor_hash(t) for name, t in buffers.items()}
     for operator in operators:
@@ -42,11 +44,20 @@ def state_hashes(operators: Sequence[Operator], buffers: Mapping[str, torch.Tens
     return dict(sorted(found.items()))
 
 
-def record(directory: Path, global_rank: int, iteration: int, losses: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+def record(
+    directory: Path,
+    global_rank: int,
+    iteration: int,
+    losses: Mapping[str, Any],
+    hashes: Mapping[str, str],
+) -> None:
     """Appends one record. `losses` maps names to tensors or numbers; their bits are kept."""
     path = directory / FOLDER / f"rank{global_rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    bits = {name: bytes(torch.as_tensor(v).cpu().reshape(-1).view(torch.uint8)).hex() for name, v in losses.items()}
+    bits = {
+        name: bytes(torch.as_tensor(v).cpu().reshape(-1).view(torch.uint8)).hex()
+        for name, v in losses.items()
+    }
     line = json.dumps({"iteration": iteration, "loss": bits, "tensors": dict(hashes)})
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -69,7 +80,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome: equal when `difference` is None; `records` pairs of (rank, iteration) were compared."""
+    """The outcome of comparing `records` pairs of (rank, iteration): equal without `difference`."""
 
     records: int
     tensors: int
@@ -89,7 +100,8 @@ def read(directory: Path) -> dict[tuple[int, int], dict[str, str]]:
     """All records as {(iteration, global_rank): {name: bits}}.
 
     Raises:
-        NoDigest: when there is nothing to read, or one rank recorded an iteration twice with different bits.
+        NoDigest: when there is nothing to read, or one rank recorded an iteration twice with
+            different bits.
     """
     found: dict[tuple[int, int], dict[str, str]] = {}
     for path, line in _lines(directory):
@@ -120,7 +132,9 @@ def compare(a: Path, b: Path) -> Comparison:
     for key in sorted(left.keys() | right.keys()):
         x, y = left.get(key), right.get(key)
         if x is None or y is None:
-            return Comparison(len(left), tensors, Difference(*key, f"recorded only in {b if x is None else a}"))
+            return Comparison(
+                len(left), tensors, Difference(*key, f"recorded only in {b if x is None else a}")
+            )
         for name in sorted(x.keys() | y.keys()):
             tensors += 1
             if x.get(name) != y.get(name):

@@ -1,7 +1,7 @@
 """Scripted failures: `kill:global_rank=3,iteration=7,at=backward:1`, several joined by `;`.
 
-A fault fires once in the life of a job. Before it fires it is reported (`on_fire`), so that a replacement, which
-gets the same command line, does not fire it again.
+A fault fires once in the life of a job. Before it fires it is reported (`on_fire`), so that a
+replacement, which gets the same command line, does not fire it again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COUNTED = ("forward", "backward")
 
 
 class InjectedFault(RuntimeError):
-    """The exception of a `raise` fault: to the rest of the system an unknown error of this worker."""
+    """The exception of a `raise` fault: to everything else an unknown error of this worker."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Fault:
     """One scripted failure.
 
     Attributes:
-        kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at once).
+        kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
+            once).
         global_rank: who fails.
         iteration: in which iteration (1 is the first optimizer step).
         place: one of PLACES.
@@ -67,11 +68,15 @@ def _parse_one(text: str) -> Fault:
     if place not in PLACES:
         raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(PLACES)}")
     if (place in _COUNTED) != bool(count):
-        raise ValueError(f"fault '{text}': only forward:K and backward:K take a microbatch, and need one")
+        raise ValueError(
+            f"fault '{text}': only forward:K and backward:K take a microbatch, and need one"
+        )
     try:
         numbers = [int(x) for x in (fields["global_rank"], fields["iteration"], count or "0")]
     except ValueError:
-        raise ValueError(f"fault '{text}': ranks, iterations and microbatches are integers") from None
+        raise ValueError(
+            f"fault '{text}': ranks, iterations and microbatches are integers"
+        ) from None
     if numbers[0] < 0 or numbers[1] < 1 or numbers[2] < 0:
         raise ValueError(f"fault '{text}': global_rank >= 0, iteration >= 1, microbatch >= 0")
     return Fault(kind, numbers[0], numbers[1], place, numbers[2] if count else None)

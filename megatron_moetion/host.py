@@ -1,4 +1,7 @@
-"""What the core asks of the training framework. Implemented in `patches/`, the only place that knows Megatron."""
+"""What the core asks of the training framework.
+
+Implemented in `patches/`, the only place that knows Megatron.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Host(Protocol):
         """Model buffers by canonical name; live, not copies."""
 
     def start_state(self) -> State:
-        """Everything at the start of an iteration that is no parameter, optimizer tensor or model buffer."""
+        """State at an iteration's start that is no parameter, optimizer tensor or buffer."""
 
     def load_start_state(self, state: State) -> None:
         """Puts `start_state` back, RNG included."""

@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # not in its stubs
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
@@ -48,7 +53,9 @@ class Notices:
             BaseException: the error itself, when no agent reports a failure in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._epoch > handled, self._timeout.total_seconds()):
+            if not self._changed.wait_for(
+                lambda: self._epoch > handled, self._timeout.total_seconds()
+            ):
                 raise error
             return self._epoch
 
@@ -90,7 +97,8 @@ class Job:
     """This worker's part in the job, from argument parsing on.
 
     Attributes:
-        replacement: this process takes the place of a dead worker; it sets up on torch's fake process group.
+        replacement: this process takes the place of a dead worker; it sets up on torch's fake
+            process group.
         fake: torch.distributed is still the fake group.
     """
 
@@ -108,7 +116,7 @@ class Job:
     backend: str = "nccl"
     group_timeout: timedelta = timedelta(minutes=10)
     facts: Facts | None = None
-    store: dist.Store | None = None
+    store: Store | None = None
     hooks: list[Callable[[Notice], None]] = field(default_factory=list)
 
     def on_notice(self, notice: Notice) -> None:
@@ -135,12 +143,12 @@ class Job:
         """Initialises torch.distributed under a new epoch of the job's store."""
         if self.store is None:
             address = os.environ["MASTER_ADDR"]
-            self.store = dist.TCPStore(
+            self.store = TCPStore(
                 address, self.store_port, is_master=False, timeout=self.group_timeout
             )
         dist.init_process_group(
             self.backend,
-            store=dist.PrefixStore(f"moetion/epoch/{epoch}", self.store),
+            store=PrefixStore(f"moetion/epoch/{epoch}", self.store),
             rank=self.global_rank,
             world_size=self.world_size,
             timeout=self.group_timeout,
@@ -148,9 +156,14 @@ class Job:
 
 
 def open_job(
-    config: Config, global_rank: int, world_size: int, on_map: Callable[[torch.Tensor], None] | None = None
+    config: Config,
+    global_rank: int,
+    world_size: int,
+    on_map: Callable[[torch.Tensor], None] | None = None,
 ) -> Job:
-    """Connects to the agent of this node, or works without one (plain torchrun: capture and logging only).
+    """Connects to the agent of this node, or works without one.
+
+    Without an agent (plain torchrun) there is capture and logging only.
 
     Args:
         on_map: called once with each new chunk of host memory, to register it as pinned memory.
@@ -159,9 +172,16 @@ def open_job(
     replacement = os.environ.get("MOETION_REPLACEMENT", "0") == "1"
     fired: list[int] = []
     if link is not None:
-        hello = {"op": "hello", "global_rank": global_rank, "pid": os.getpid(), "replacement": replacement}
+        hello = {
+            "op": "hello",
+            "global_rank": global_rank,
+            "pid": os.getpid(),
+            "replacement": replacement,
+        }
         fired = link.request(hello)["fired"]
-    vault = LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
+    vault = (
+        LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
+    )
     events = EventLog(config.dir, f"rank{global_rank}")
 
     def on_fire(index: int, fault: Fault) -> None:

@@ -1,8 +1,8 @@
 """Operators: the units of capture, found in a built model.
 
-An operator is one expert of one layer, one router, the non-expert rest of one layer, the embedding, or the output
-head (design section 2). Here they are plain records over the tensors of one rank; the host adapter in `patches/`
-finds them by walking modules.
+An operator is one expert of one layer, one router, the non-expert rest of one layer, the embedding,
+or the output head (design section 2). Here they are plain records over the tensors of one rank; the
+host adapter in `patches/` finds them by walking modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Kind(StrEnum):
-    """What an operator is. The order of members is the order of capture inside a window: coldest first."""
+    """What an operator is; members in order of capture inside a window, coldest first."""
 
     EXPERT = "expert"
     EMBEDDING = "embedding"
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 class StateAccess:
     """Access to one entry of a torch optimizer's `state`."""
 
-    def __init__(self, state: "dict[torch.Tensor, dict[str, object]]", key: torch.Tensor) -> None:
+    def __init__(self, state: dict[torch.Tensor, dict[str, object]], key: torch.Tensor) -> None:
         self._state, self._key = state, key
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -70,7 +70,8 @@ class ParamState:
 class Operator:
     """One unit of capture on this rank.
 
-    `numel` counts whole parameters, not this rank's shard, so that data-parallel peers order and balance alike.
+    `numel` counts whole parameters, not this rank's shard, so that data-parallel peers order and
+    balance alike.
     """
 
     name: str
@@ -93,7 +94,9 @@ class OwnershipError(RuntimeError):
 
 
 def prove_ownership(
-    operators: Sequence[Operator], parameters: Mapping[str, torch.nn.Parameter], mains: Iterable[torch.Tensor]
+    operators: Sequence[Operator],
+    parameters: Mapping[str, torch.nn.Parameter],
+    mains: Iterable[torch.Tensor],
 ) -> None:
     """Checks that every parameter and every optimizer shard is in exactly one operator.
 
@@ -110,7 +113,8 @@ def prove_ownership(
         for state in operator.params:
             if id(state.param) in owner:
                 raise OwnershipError(
-                    f"parameter {state.name} belongs to {owner[id(state.param)]} and to {operator.name}"
+                    f"parameter {state.name} belongs to {owner[id(state.param)]} "
+                    f"and to {operator.name}"
                 )
             owner[id(state.param)] = operator.name
     for name, param in parameters.items():
@@ -119,12 +123,16 @@ def prove_ownership(
     owned = {id(s.main) for o in operators for s in o.params}
     for main in mains:
         if id(main) not in owned:
-            raise OwnershipError(f"an optimizer shard of {main.numel()} elements belongs to no operator")
+            raise OwnershipError(
+                f"an optimizer shard of {main.numel()} elements belongs to no operator"
+            )
 
 
 def table(operators: Sequence[Operator]) -> str:
-    """The ownership table that is printed at start: one row per kind, bytes of this rank's shard."""
-    lines = [f"{'kind':<10} {'operators':>9} {'parameters':>12} {'full bytes':>12} {'light bytes':>12}"]
+    """The ownership table printed at start: one row per kind, bytes of this rank's shard."""
+    lines = [
+        f"{'kind':<10} {'operators':>9} {'parameters':>12} {'full bytes':>12} {'light bytes':>12}"
+    ]
     for kind in Kind:
         group = [o for o in operators if o.kind is kind]
         if group:

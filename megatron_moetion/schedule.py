@@ -1,6 +1,6 @@
 """The capture schedule: which operators are captured in full in which iteration. Pure.
 
-Paper section 3.5 (Algorithm 1: order, window, slots); the rolling policy is ours (design section 5).
+Paper section 3.5 (Algorithm 1: order, window, slots); the rolling policy is ours: design section 5.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_moetion.operators import Kind
 
 
 class WindowPolicy(StrEnum):
-    """`rolling`: every operator is in every frame; `tumbling`: nothing after its full capture in a window."""
+    """`rolling`: all operators are in every frame; `tumbling`: none after its full capture."""
 
     ROLLING = "rolling"
     TUMBLING = "tumbling"
@@ -56,31 +56,33 @@ class Schedule:
         return len(self.slots)
 
     def slot_of(self, iteration: int) -> int:
-        """Iteration 1 opens the first window; iteration 0 is the dense frame of the starting state."""
+        """Iteration 1 opens the first window; the frame of iteration 0 is dense."""
         return (iteration - 1) % self.window
 
     def frame(self, iteration: int) -> FramePlan:
         """What the frame of `iteration` (>= 1) captures."""
         slot = self.slot_of(iteration)
         first_light = 0 if self.policy is WindowPolicy.ROLLING else slot + 1
-        light = [n for k, names in enumerate(self.slots) if k >= first_light and k != slot for n in names]
+        light = [
+            n for k, names in enumerate(self.slots) if k >= first_light and k != slot for n in names
+        ]
         return FramePlan(self.slots[slot], tuple(light))
 
     @property
     def frames_kept(self) -> int:
         """How many newest frames a rank keeps, so that a base exists at any instant.
 
-        Two more than a base and its catch-up need: peers may have sealed one frame less, and the next may
-        already be under way.
+        Two more than a base and its catch-up need: peers may have sealed one frame less, and the
+        next may already be under way.
         """
         return self.window * (1 if self.policy is WindowPolicy.ROLLING else 2) + 2
 
 
 def order(units: Sequence[Unit], popularity: Mapping[str, float] | None = None) -> tuple[Unit, ...]:
-    """Capture order: coldest experts first, then the rest, routers and layers last (paper section 3.5).
+    """Capture order: coldest experts first, routers and layers last (paper section 3.5).
 
-    An operator captured late stays frozen longer in replay, and a frozen one is cheaper, so the expensive ones
-    come last. Ties are broken by name: data-parallel peers must agree.
+    An operator captured late stays frozen longer in replay, and a frozen one is cheaper, so the
+    expensive ones come last. Ties are broken by name: data-parallel peers must agree.
     """
     counts = popularity or {}
     rank = {kind: index for index, kind in enumerate(Kind)}
@@ -90,8 +92,8 @@ def order(units: Sequence[Unit], popularity: Mapping[str, float] | None = None) 
 def generate(units: Sequence[Unit], window: int, policy: WindowPolicy) -> Schedule:
     """Cuts ordered operators into `window` consecutive slots, balanced by parameters, not by count.
 
-    Slots may be empty when there are fewer operators than frames in a window, which keeps windows of all stages
-    aligned.
+    Slots may be empty when there are fewer operators than frames in a window, which keeps windows
+    of all stages aligned.
     """
     total = sum(u.numel for u in units)
     slots: list[list[str]] = [[] for _ in range(window)]

@@ -121,7 +121,8 @@ class Session:
                 return self._finish(iteration, result)
 
     def _finish(self, iteration: int, result: Any) -> Any:
-        state = {"result": list(result), "state": self.host.start_state()}
+        counts = dict(self.cursor.counts)
+        state = {"result": list(result), "state": self.host.start_state(), "counts": counts}
         self.log.write_state(ResultKey(iteration), state)
         self._move(replace(self._position, progress=Progress.RETURNED))
         self.reached("end")
@@ -307,6 +308,7 @@ class Session:
             state = self.log.read_state(ResultKey(iteration))
             self.host.load_start_state(state["state"])
             self.cursor.mode, self.cursor.refeed = Mode.LIVE, iteration
+            self.cursor.counts = Counter(state["counts"])
             self._move(self._position)
             return (tuple(state["result"]),)
         return None

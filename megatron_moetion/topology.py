@@ -1,7 +1,7 @@
 """Who is where: the coordinates of every global rank, as one frozen value.
 
-A *stage* is all ranks with the same pipeline rank (design section 1). The topology is the same on every rank and
-never changes during a job: a replacement takes the dead worker's global rank.
+A *stage* is all ranks with the same pipeline rank (design section 1). The topology is the same on
+every rank and never changes during a job: a replacement takes the dead worker's global rank.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ class Topology:
     Attributes:
         global_rank: this worker's rank in the job.
         pp_ranks: pp_rank of each global rank, indexed by global rank.
-        prev_ranks: for each global rank, the global rank that sends it activations (cyclic over the stages).
-        next_ranks: for each global rank, the global rank that sends it gradients (cyclic over the stages).
+        prev_ranks: for each global rank, the global rank that sends it activations (cyclic over the
+            stages).
+        next_ranks: for each global rank, the global rank that sends it gradients (cyclic over the
+            stages).
     """
 
     global_rank: int
@@ -56,7 +58,8 @@ def from_pipeline_groups(global_rank: int, pipelines: Sequence[Sequence[int]]) -
 
     Args:
         global_rank: this worker's rank.
-        pipelines: every pipeline group, each listing its global ranks from the first stage to the last.
+        pipelines: every pipeline group, each listing its global ranks from the first stage to the
+            last.
 
     Raises:
         ValueError: when the groups do not cover each rank exactly once.
@@ -64,7 +67,9 @@ def from_pipeline_groups(global_rank: int, pipelines: Sequence[Sequence[int]]) -
     world_size = sum(len(pipeline) for pipeline in pipelines)
     members = sorted(rank for pipeline in pipelines for rank in pipeline)
     if members != list(range(world_size)):
-        raise ValueError(f"pipeline groups do not cover ranks 0..{world_size - 1} once: {pipelines}")
+        raise ValueError(
+            f"pipeline groups do not cover ranks 0..{world_size - 1} once: {pipelines}"
+        )
     pp_ranks, prev_ranks, next_ranks = ([0] * world_size for _ in range(3))
     for pipeline in pipelines:
         for index, rank in enumerate(pipeline):

@@ -12,10 +12,13 @@ SUPPORTED_HOSTS: dict[tuple[int, int], str] = {(0, 19): "core_0_19"}
 PREIMPORT: tuple[str, ...] = (
     "torch",
     "torch.distributed",
+    "torch._dynamo",
     "megatron.core",
     "megatron.training",
     "megatron.training.arguments",
     "megatron.training.training",
+    "megatron.core.tokenizers.text.models",
+    "megatron_moetion_patches.core_0_19.training",
 )
 """What a warm spare imports before it knows which rank it will be."""
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from typing import Any
 
 SPARE_FD = "MOETION_SPARE_FD"
 SPARE_NICENESS = "MOETION_SPARE_NICENESS"
@@ -86,7 +87,7 @@ def preimport(name: str) -> None:
         print(f"moetion-run: the spare could not import {name}: {error}", file=sys.stderr)
 
 
-def become(assignment: dict) -> None:  # type: ignore[type-arg]
+def become(assignment: dict[str, Any]) -> None:
     """Run the script as a fresh interpreter would."""
     os.environ.update(assignment["env"])
     sys.argv = assignment["argv"]

@@ -1,1 +1,1 @@
-"""The inbox: everything that enters a stage from outside it, written in training, read in replay."""
+"""The inbox: all that enters a stage from outside it, written in training, read in replay."""

@@ -1,6 +1,7 @@
-"""Typed keys of logged entries. Their text form is `<kind>/<iteration>/<rest>`, which the vault orders by iteration.
+"""Typed keys of logged entries.
 
-One definition of iteration everywhere: `iteration` i is the iteration whose optimizer step is step i.
+Their text form is `<kind>/<iteration>/<rest>`, which the vault orders by iteration. One definition
+of iteration everywhere: `iteration` i is the iteration whose optimizer step is step i.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ class Direction(StrEnum):
 class BoundaryKey:
     """An activation or gradient that crosses a stage edge, kept by its sender.
 
-    `ordinal` counts the tensors that cross this edge in this direction in this iteration, from 0. Edges are
-    first-in first-out, so it names (microbatch, model chunk) on both sides: it is the microbatch itself for plain
-    1F1B, and `chunk * microbatches + ...` in the schedule's own order when interleaved.
+    `ordinal` counts the tensors that cross this edge in this direction in this iteration, from 0.
+    Edges are first-in first-out, so it names (microbatch, model chunk) on both sides: it is the
+    microbatch itself for plain 1F1B, and `chunk * microbatches + ...` in the schedule's own order
+    when interleaved.
     """
 
     iteration: int
@@ -59,7 +61,7 @@ class BatchKey:
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """State at the start of an iteration that is neither parameter nor optimizer tensor: RNG, scheduler, counters."""
+    """State at an iteration's start beside parameters and optimizer: RNG, scheduler, counters."""
 
     iteration: int
 
@@ -79,7 +81,7 @@ class ResultKey:
 
 @dataclass(frozen=True)
 class FrameKey:
-    """The frame captured after optimizer step `iteration`; iteration 0 is the dense frame of the starting state."""
+    """The frame captured after optimizer step `iteration`; 0 is that of the starting state."""
 
     iteration: int
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ class Entry(Protocol):
     def data(self) -> torch.Tensor: ...
 
     @property
-    def meta(self) -> dict[str, Any]: ...
+    def meta(self) -> Mapping[str, Any]: ...
 
 
 class Store(Protocol):
@@ -40,7 +40,7 @@ class InboxLog:
         self.write_state(key, [t.detach() for t in tensors])
 
     def read(self, key: Key, global_ranks: Iterable[int]) -> list[torch.Tensor] | None:
-        """Fresh copies of the logged tensors from the first of these ranks that has them, or None."""
+        """Fresh copies of the logged tensors from the first rank that has them, or None."""
         found = self.read_state(key, global_ranks)
         assert found is None or isinstance(found, list)
         return found

@@ -1,8 +1,9 @@
 """Waking a thread that waits inside a collective.
 
-NCCL groups are aborted through torch. Gloo's `abort` (torch 2.13) leaves a waiting thread where it is, and a peer's
-`abort` does not reach it either; only the end of a connection does. So the sockets of each gloo group are noted when
-it is made, and shut down to abort it: the waiting threads on both sides raise at once.
+NCCL groups are aborted through torch. Gloo's `abort` (torch 2.13) leaves a waiting thread where it
+is, and a peer's `abort` does not reach it either; only the end of a connection does. So the sockets
+of each gloo group are noted when it is made, and shut down to abort it: the waiting threads on both
+sides raise at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 Sockets = frozenset[tuple[int, str]]
-"""(file descriptor, its `/proc` link): a descriptor that was closed and used again has another link."""
+"""(file descriptor, its `/proc` link): a descriptor that is used again has another link."""
 
 
 def open_sockets() -> Sockets:

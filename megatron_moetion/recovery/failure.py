@@ -1,7 +1,7 @@
 """Which errors mean that a peer is gone. Everything else stays an error of this worker.
 
-A communication error alone is not enough: it counts only together with a failure notice of the agent, otherwise
-it is raised again (rule: nothing unknown is swallowed).
+A communication error alone is not enough: it counts only together with a failure notice of the
+agent, otherwise it is raised again (rule: nothing unknown is swallowed).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Interrupted(RuntimeError):
-    """This worker's iteration was given up because a peer is gone. Raised at call boundaries only."""
+    """This worker gave its iteration up as a peer is gone. Raised at call boundaries only."""
 
 
 class Superseded(RuntimeError):
@@ -44,4 +44,6 @@ def is_communication_error(error: BaseException) -> bool:
     """Whether an exception can be the echo of a lost peer."""
     if isinstance(error, (Interrupted, dist.DistError)):
         return True
-    return type(error) in (RuntimeError, ConnectionResetError) and any(t in str(error) for t in _GLOO)
+    return type(error) in (RuntimeError, ConnectionResetError) and any(
+        t in str(error) for t in _GLOO
+    )

@@ -51,7 +51,7 @@ class Position:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> "Position":
+    def from_json(cls, data: Mapping[str, object]) -> Position:
         numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged")}
         return cls(progress=Progress(str(data["progress"])), **numbers)
 
@@ -65,9 +65,10 @@ class FrameInfo:
     light: frozenset[str]
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, object]) -> "FrameInfo":
+    def from_meta(cls, meta: Mapping[str, object]) -> FrameInfo:
         full, light = (meta[k] for k in ("full", "light"))
-        assert isinstance(full, list) and isinstance(light, list)
+        assert isinstance(full, list)
+        assert isinstance(light, list)
         return cls(int(str(meta["iteration"])), frozenset(full), frozenset(light))
 
 
@@ -137,15 +138,19 @@ class NothingToRebuildFrom(RuntimeError):
 
 
 def needs_result(position: Position, committed: int) -> bool:
-    """Whether a rank of a failed stage must run the committed iteration again to have what it returns."""
-    return committed > 0 and position.iteration == committed and position.progress is not Progress.RETURNED
+    """Whether a rank of a failed stage must run the committed iteration again for its result."""
+    return (
+        committed > 0
+        and position.iteration == committed
+        and position.progress is not Progress.RETURNED
+    )
 
 
 def dense_from(frames: Sequence[FrameInfo], base: int, last: int) -> int | None:
     """Where a reconstruction from `base` becomes dense, or None if it never does up to `last`.
 
-    Walks consecutive frames. At each, an operator must be full there, or have become full before, or be there
-    in light form.
+    Walks consecutive frames. At each, an operator must be full there, or have become full before,
+    or be there in light form.
     """
     by_iteration = {f.iteration: f for f in frames}
     everything: frozenset[str] = frozenset()
@@ -194,8 +199,9 @@ def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
     if not candidates:
         held = {r: [f.iteration for f in facts.frames.get(r, ())] for r in ranks}
         raise NothingToRebuildFrom(
-            f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of frames is "
-            f"left (sealed frames by rank: {held}); restart from a Megatron checkpoint with --load"
+            f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of "
+            f"frames is left (sealed frames by rank: {held}); "
+            "restart from a Megatron checkpoint with --load"
         )
     base = max(candidates)
     return StagePlan(pp_rank, base, candidates[base], tuple(range(base + 1, facts.committed + 1)))

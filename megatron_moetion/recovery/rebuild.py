@@ -1,7 +1,10 @@
-"""Rebuilding a failed stage: sparse-to-dense conversion, then catch-up (paper section 3.3; design section 7).
+"""Rebuilding a failed stage: sparse-to-dense conversion, then catch-up.
 
-Runs on every rank of the failed stage in lockstep. Frames base, base+1, ... are loaded one after the other; in
-between, the host's own training step runs again from the inbox. An operator without full state is frozen.
+Source: paper section 3.3, design section 7.
+
+Runs on every rank of the failed stage in lockstep. Frames base, base+1, ... are loaded one after
+the other; in between, the host's own training step runs again from the inbox. An operator without
+full state is frozen.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Frames:
         return self._vault.fetch(self._global_rank, str(FrameKey(iteration))) is not None
 
     def read(self, iteration: int) -> tuple[list[tuple[Piece, torch.Tensor]], frozenset[str]]:
-        """The pieces of a frame with views of their bytes, and its full operators; checksum verified."""
+        """A frame's pieces with views of their bytes, and its full operators; verified."""
         entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
         if entry is None:
             raise NothingToRebuildFrom(
@@ -42,7 +45,9 @@ class Frames:
         pieces = pieces_of(entry.meta)
         return [(p, view(p, entry.data)) for p in pieces], frozenset(entry.meta["full"])
 
-    def load(self, iteration: int, wanted: Callable[[str], bool], light: Callable[[str], bool]) -> frozenset[str]:
+    def load(
+        self, iteration: int, wanted: Callable[[str], bool], light: Callable[[str], bool]
+    ) -> frozenset[str]:
         """Puts full operators (where `wanted`) and light ones (where `light`) into the model.
 
         Returns:
@@ -59,7 +64,11 @@ class Frames:
                         self._forget_missing(state, pieces)
                     fresh[piece.param] = state
                     self._put(state, piece, data)
-                elif piece.part == "light" and piece.operator not in (BUFFERS, *taken) and light(piece.operator):
+                elif (
+                    piece.part == "light"
+                    and piece.operator not in (BUFFERS, *taken)
+                    and light(piece.operator)
+                ):
                     self._states[piece.param].light.copy_(data)
         self._host.publish_main(list(fresh.values()))
         return taken
@@ -92,8 +101,9 @@ class Frames:
                 live = self._states[piece.param].states.tensors()[piece.part]
             if not same_bits(live, data):
                 raise ReplayDiverged(
-                    f"replay of iteration {iteration} gave other bits than training for {piece.part} of "
-                    f"{piece.param}; are all kernels deterministic (--deterministic-mode)?"
+                    f"replay of iteration {iteration} gave other bits than training for "
+                    f"{piece.part} of {piece.param}; "
+                    "are all kernels deterministic (--deterministic-mode)?"
                 )
 
     @staticmethod
@@ -121,21 +131,29 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Rebuild:
-    """One rank's walk through a stage plan. `stepped` is called by the optimizer tap after each replayed step.
+    """One rank's walk through a stage plan.
+
+    `stepped` is called by the optimizer tap after each replayed step.
 
     Args:
         capture: captures the frame of an iteration, for those that died with the worker.
     """
 
     def __init__(
-        self, plan: StagePlan, host: Host, frames: Frames, log: InboxLog, capture: Callable[[int], None]
+        self,
+        plan: StagePlan,
+        host: Host,
+        frames: Frames,
+        log: InboxLog,
+        capture: Callable[[int], None],
     ) -> None:
-        self.plan, self._host, self._frames, self._log, self._capture = plan, host, frames, log, capture
+        self.plan, self._host, self._frames = plan, host, frames
+        self._log, self._capture = log, capture
         self._all = frozenset(o.name for o in host.operators)
         self._full: frozenset[str] = frozenset()
 
     def load_base(self) -> None:
-        """Loads the base frame; afterwards the compute weights of the whole stage are those of the base."""
+        """Loads the base frame; afterwards the whole stage has the base's compute weights."""
         base = self.plan.base
         self._host.begin_replay()
         self._full = self._frames.load(base, lambda name: True, lambda name: True)
@@ -147,11 +165,13 @@ class Rebuild:
         """Puts RNG, scheduler and counters of the start of a replayed iteration in place."""
         state = self._log.read_state(HeaderKey(iteration))
         if state is None:
-            raise MissingFromInbox(f"replay needs {HeaderKey(iteration)}, which is not in this rank's log")
+            raise MissingFromInbox(
+                f"replay needs {HeaderKey(iteration)}, which is not in this rank's log"
+            )
         self._host.load_start_state(state)
 
     def stepped(self, iteration: int) -> None:
-        """After the optimizer step of a replayed iteration: check, convert, capture what is missing."""
+        """After a replayed optimizer step: check, convert, capture what is missing."""
         if self._frames.held(iteration):
             self._frames.check(iteration, self._full)
         if iteration <= self.plan.dense_at and self._full != self._all:
@@ -166,7 +186,9 @@ class Rebuild:
     def done(self) -> None:
         """Everything has full state again: back to the host's own communication settings."""
         if self._full != self._all:
-            raise NothingToRebuildFrom(f"{sorted(self._all - self._full)[0]} has no full state after the replay")
+            raise NothingToRebuildFrom(
+                f"{sorted(self._all - self._full)[0]} has no full state after the replay"
+            )
         self._host.end_replay()
 
 

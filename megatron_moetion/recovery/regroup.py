@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,15 @@ from megatron_moetion.recovery.abort import Sockets, abort, open_sockets
 
 Group = Any
 """A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the group."""
+
+
+_NEVER_HOLD = frozenset({
+    tuple, type, property, staticmethod, classmethod, weakref.ref, types.FrameType, types.FunctionType,
+    types.BuiltinFunctionType, types.GenericAlias, types.ModuleType, types.UnionType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType,
+    types.ClassMethodDescriptorType, types.MethodWrapperType, types.WrapperDescriptorType,
+})  # fmt: skip
+"""Half of the heap, and never a holder whose reference could be swapped."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +151,19 @@ def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] =
     own = {id(pairs), id(keep)} | {id(p) for p in pairs.values()} | {id(k) for k in keep}
     swapped = 0
     for holder in gc.get_objects():
-        if id(holder) in own or isinstance(holder, (types.FrameType, type)):
+        if type(holder) in _NEVER_HOLD or id(holder) in own:
             continue
-        for referent in gc.get_referents(holder):
-            if id(referent) in pairs:
-                swapped += _swap_in(holder, pairs)
-                break
-        # The collector does not track dicts without trackable values, and groups are no such values.
-        for referent in gc.get_referents(holder):
-            if type(referent) is dict and not gc.is_tracked(referent) and id(referent) not in own:
-                swapped += _swap_in(referent, pairs)
+        referents = gc.get_referents(holder)
+        if not pairs.keys().isdisjoint(map(id, referents)):
+            swapped += _swap_in(holder, pairs)
+        if dict in map(type, referents):
+            swapped += sum(_swap_in(d, pairs) for d in _untracked(referents) if id(d) not in own)
     return swapped
+
+
+def _untracked(referents: Sequence[Any]) -> list[dict[Any, Any]]:
+    """The collector does not list dicts without trackable values, and groups are no such values."""
+    return [r for r in referents if type(r) is dict and not gc.is_tracked(r)]
 
 
 def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:

@@ -1,11 +1,12 @@
 """Small state as bytes: a JSON skeleton plus the raw bytes of its tensors.
 
-Used for everything that is not a frame: RNG states, schedulers, counters, batches, results. Nothing is pickled:
-what cannot be written is refused by name.
+Used for everything that is not a frame: RNG states, schedulers, counters, batches, results. Nothing
+is pickled: what cannot be written is refused by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ class _Packer:
         if isinstance(value, tuple):
             return {"t": [self.skeleton(v, f"{path}[{i}]") for i, v in enumerate(value)]}
         if isinstance(value, dict):
-            pairs = [(self.skeleton(k, path), self.skeleton(v, f"{path}.{k}")) for k, v in value.items()]
+            pairs = [
+                (self.skeleton(k, path), self.skeleton(v, f"{path}.{k}")) for k, v in value.items()
+            ]
             return {"d": pairs}
         raise Unsupported(f"{path or 'value'} is a {type(value).__name__}, which cannot be logged")
 
@@ -56,8 +59,8 @@ def pack(value: Any) -> tuple[dict[str, Any], torch.Tensor]:
     """Turns nested containers of tensors, arrays and scalars into JSON and one byte tensor.
 
     Returns:
-        (meta, data): `data` is a uint8 CPU tensor that shares no memory with `value`; the caller may overwrite
-        the source once this returns.
+        (meta, data): `data` is a uint8 CPU tensor that shares no memory with `value`; the caller
+        may overwrite the source once this returns.
 
     Raises:
         Unsupported: naming the path of a value that is no container, tensor or scalar.
@@ -73,8 +76,10 @@ def pack(value: Any) -> tuple[dict[str, Any], torch.Tensor]:
     return {"bundle": skeleton}, data
 
 
-def unpack(meta: dict[str, Any], data: torch.Tensor, device: torch.device | str = "cpu") -> Any:
-    """The inverse of `pack`; tensors that were on an accelerator come back on `device`, all others on the CPU.
+def unpack(meta: Mapping[str, Any], data: torch.Tensor, device: torch.device | str = "cpu") -> Any:
+    """The inverse of `pack`.
+
+    Tensors that were on an accelerator come back on `device`, all others on the CPU.
 
     The tensors returned are fresh copies.
     """

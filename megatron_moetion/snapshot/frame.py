@@ -1,6 +1,7 @@
 """A frame: what one rank captured after the optimizer step of one iteration.
 
-Layout (pure), capture (device to host) and the way back. Raw bytes in native dtype, never tensor subclasses.
+Layout (pure), capture (device to host) and the way back. Raw bytes in native dtype, never tensor
+subclasses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_moetion.schedule import FramePlan
 
 _ALIGN = 64
 BUFFERS = "buffers"
-"""Pseudo-operator of the model buffers that training mutates (router expert bias, token counters)."""
+"""Pseudo-operator of the buffers that training mutates (router expert bias, token counters)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Piece:
         dtype: torch dtype without the `torch.` prefix.
         shape: shape of the tensor on this rank.
         offset: bytes from the start of the frame.
-        host: whether the live tensor is on the CPU even when the model is not (Adam's step counter).
+        host: whether the live tensor is on the CPU even when the model is not (Adam's step
+            counter).
     """
 
     operator: str
@@ -77,13 +79,12 @@ def sources(
 
 
 def layout(entries: Sequence[tuple[str, str, str, torch.Tensor]]) -> tuple[tuple[Piece, ...], int]:
-    """Places tensors one after the other, 64-byte aligned. Returns the pieces and the frame's size in bytes."""
+    """Places tensors one after the other, 64-byte aligned: the pieces, and the frame's bytes."""
     pieces, offset = [], 0
     for operator, param, part, tensor in entries:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        pieces.append(
-            Piece(operator, param, part, dtype, tuple(tensor.shape), offset, tensor.device.type == "cpu")
-        )
+        host = tensor.device.type == "cpu"
+        pieces.append(Piece(operator, param, part, dtype, tuple(tensor.shape), offset, host))
         offset = -(-(offset + tensor.nbytes) // _ALIGN) * _ALIGN
     return tuple(pieces), max(offset, _ALIGN)
 
@@ -97,23 +98,35 @@ def view(piece: Piece, data: torch.Tensor) -> torch.Tensor:
 def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The frame's JSON description, kept in the vault beside its bytes."""
     rows = [[p.operator, p.param, p.part, p.dtype, list(p.shape), p.offset, p.host] for p in pieces]
-    return {"iteration": iteration, "full": list(plan.full), "light": list(plan.light), "pieces": rows}
+    return {
+        "iteration": iteration,
+        "full": list(plan.full),
+        "light": list(plan.light),
+        "pieces": rows,
+    }
 
 
 def pieces_of(meta: Mapping[str, Any]) -> tuple[Piece, ...]:
     """The inverse of `to_meta`."""
-    return tuple(Piece(o, n, part, d, tuple(s), off, h) for o, n, part, d, s, off, h in meta["pieces"])
+    return tuple(
+        Piece(o, n, part, d, tuple(s), off, h) for o, n, part, d, s, off, h in meta["pieces"]
+    )
 
 
 Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 
 
-def copy_in(entries: Sequence[tuple[str, str, str, torch.Tensor]], pieces: Sequence[Piece], data: torch.Tensor) -> None:
+def copy_in(
+    entries: Sequence[tuple[str, str, str, torch.Tensor]],
+    pieces: Sequence[Piece],
+    data: torch.Tensor,
+) -> None:
     """Copies live tensors into a reserved region.
 
     Args:
-        data: uint8 CPU tensor of at least the layout's size. On CUDA the copies are asynchronous on the current
-            stream: the sources must not be overwritten before an event recorded after this call has fired.
+        data: uint8 CPU tensor of at least the layout's size. On CUDA the copies are asynchronous on
+            the current stream: the sources must not be overwritten before an event recorded after
+            this call has fired.
     """
     targets = [view(p, data) for p in pieces]
     torch._foreach_copy_(targets, [t.detach() for *_, t in entries], non_blocking=True)

@@ -15,12 +15,14 @@ def activate(args: Namespace, config: Config) -> None:
     if not config.moetion:
         return
     if config.replicas > 0:
-        activation.refuse("--moetion-replicas above 0 is not built yet; use 0 (frames stay on their node)")
+        activation.refuse(
+            "--moetion-replicas above 0 is not built yet; use 0 (frames stay on their node)"
+        )
     most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3
     if config.window_size > most:
         activation.refuse(
-            f"--moetion-window {config.window_size} is larger than the {most} operators that this model can "
-            f"have; use at most {most}"
+            f"--moetion-window {config.window_size} is larger than the {most} operators that this "
+            f"model can have; use at most {most}"
         )
     training.open_job(config, args)
     if training.job().replacement:

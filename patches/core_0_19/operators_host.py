@@ -1,4 +1,4 @@
-"""Finds the operators in a built Megatron model and the shards of them that this rank's optimizer holds."""
+"""Finds the operators in a built Megatron model, and this rank's optimizer shards of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess, prove_ownership
 
 _LAYER = re.compile(r"^(?P<stack>.*?layers)\.(?P<layer>\d+)\.(?P<rest>.*)$")
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.(?:weight|bias)(\d+)$)")
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.(?:weight|bias)(\d+)$)"
+)
 
 
 def canonical_parameters(model: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
@@ -32,12 +34,14 @@ def _named(model: Sequence[torch.nn.Module], what: str) -> Iterator[tuple[str, A
 
 
 def find_operators(model: Sequence[torch.nn.Module], optimizer: Any) -> list[Operator]:
-    """Groups every trainable parameter into operators and proves that nothing is missing or owned twice.
+    """Groups every trainable parameter into operators; proves that each is owned exactly once.
 
     Raises:
         operators.OwnershipError: naming what is missing or owned twice.
     """
-    shards = {id(param): (light, main, state) for param, light, main, state in optimizer_shards(optimizer)}
+    shards = {
+        id(param): (light, main, state) for param, light, main, state in optimizer_shards(optimizer)
+    }
     parameters = canonical_parameters(model)
     found: dict[str, Operator] = {}
     for name, param in parameters.items():
@@ -79,18 +83,32 @@ Shard = tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor, dict[torch.Tensor,
 
 
 def optimizer_shards(optimizer: Any) -> Iterator[Shard]:
-    """(model parameter, flat view of its compute weights here, FP32 shard, torch optimizer state)."""
+    """(model parameter, flat view of its weights here, FP32 shard, torch optimizer state)."""
     for inner in inner_optimizers(optimizer):
         state = inner.optimizer.state
         if hasattr(inner, "shard_fp32_from_float16_groups"):
-            halves = zip(inner.model_float16_groups, inner.shard_float16_groups,
-                         inner.shard_fp32_from_float16_groups, strict=True)  # fmt: skip
-            wholes = zip(inner.model_fp32_groups, inner.shard_fp32_groups, inner.shard_fp32_groups, strict=True)
+            halves = zip(
+                inner.model_float16_groups,
+                inner.shard_float16_groups,
+                inner.shard_fp32_from_float16_groups,
+                strict=True,
+            )
+            wholes = zip(
+                inner.model_fp32_groups,
+                inner.shard_fp32_groups,
+                inner.shard_fp32_groups,
+                strict=True,
+            )
         elif hasattr(inner, "fp32_from_float16_groups"):
-            halves = zip(inner.float16_groups, inner.float16_groups, inner.fp32_from_float16_groups, strict=True)
+            halves = zip(
+                inner.float16_groups,
+                inner.float16_groups,
+                inner.fp32_from_float16_groups,
+                strict=True,
+            )
             wholes = zip(*[inner.fp32_from_fp32_groups] * 3, strict=True)
         else:
-            halves = zip((), (), ())
+            halves = zip((), (), (), strict=True)
             groups = [g["params"] for g in inner.optimizer.param_groups]
             wholes = zip(groups, groups, groups, strict=True)
         for params, lights, mains in (*halves, *wholes):

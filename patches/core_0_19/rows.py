@@ -9,7 +9,10 @@ ROWS: tuple[Patch, ...] = (
         target="torch.distributed:init_process_group",
         how="around",
         handler=t.init_process_group,
-        signature="(backend=..., init_method=..., timeout=..., world_size=..., rank=..., store=..., group_name=..., pg_options=..., device_id=..., _ranks=...)",
+        signature=(
+            "(backend=..., init_method=..., timeout=..., world_size=..., rank=..., store=..., "
+            "group_name=..., pg_options=..., device_id=..., _ranks=...)"
+        ),
         digest="b26b016e14cc",
         stage="recovery",
         why="a replacement sets itself up alone; a new epoch starts from the same options",
@@ -19,7 +22,10 @@ ROWS: tuple[Patch, ...] = (
         target="torch.distributed:new_group",
         how="around",
         handler=t.new_group,
-        signature="(ranks=..., timeout=..., backend=..., pg_options=..., use_local_synchronization=..., group_desc=..., device_id=..., sort_ranks=...)",
+        signature=(
+            "(ranks=..., timeout=..., backend=..., pg_options=..., use_local_synchronization=..., "
+            "group_desc=..., device_id=..., sort_ranks=...)"
+        ),
         digest="8c5521f14690",
         stage="recovery",
         why="groups are made again in creation order after a failure",
@@ -132,7 +138,10 @@ ROWS: tuple[Patch, ...] = (
         signature="(output_tensor, input_tensor, group=..., async_op=...)",
         digest="f6341959287e",
         stage="inbox",
-        why="timers are gathered over the world after the step; the other places gather inside a stage",
+        why=(
+            "timers are gathered over the world after the step; the other places gather inside a "
+            "stage"
+        ),
         retire_when="Megatron routes them through one seam",
         also=(
             "megatron.core.utils:dist_all_gather_func!",
@@ -147,7 +156,10 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate",
         how="around",
         handler=t.communicate,
-        signature="(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, tensor_shape, wait_on_reqs=...)",
+        signature=(
+            "(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, tensor_shape, "
+            "wait_on_reqs=...)"
+        ),
         digest="fb65b4877f57",
         stage="inbox",
         why="everything between stages passes here, for plain and interleaved 1F1B alike",
@@ -167,7 +179,12 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.core.pipeline_parallel.schedules:forward_step",
         how="around",
         handler=t.counted("forward"),
-        signature="(forward_step_func, data_iterator, model, num_microbatches, input_tensor, forward_data_store, config, cp_group_size, collect_non_loss_data=..., checkpoint_activations_microbatch=..., is_first_microbatch=..., current_microbatch=..., vp_stage=..., is_last_stage=...)",
+        signature=(
+            "(forward_step_func, data_iterator, model, num_microbatches, input_tensor, "
+            "forward_data_store, config, cp_group_size, collect_non_loss_data=..., "
+            "checkpoint_activations_microbatch=..., is_first_microbatch=..., "
+            "current_microbatch=..., vp_stage=..., is_last_stage=...)"
+        ),
         digest="24c526af4445",
         stage="faults",
         why="a place for scripted faults",
@@ -277,7 +294,10 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:setup_model_and_optimizer",
         how="around",
         handler=t.setup_model_and_optimizer,
-        signature="(model_type, model_provider_func=..., checkpointing_context=..., *, cfg_container=..., pg_collection=...)",
+        signature=(
+            "(model_type, model_provider_func=..., checkpointing_context=..., *, "
+            "cfg_container=..., pg_collection=...)"
+        ),
         digest="3d67da87effa",
         stage="recovery",
         why="a replacement takes over counters before data iterators are built",
@@ -287,7 +307,10 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:train_step",
         how="around",
         handler=t.train_step,
-        signature="(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, iteration=..., pg_collection=..., p2p_communicator=...)",
+        signature=(
+            "(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+            "forward_backward_func, iteration=..., pg_collection=..., p2p_communicator=...)"
+        ),
         digest="68989d425b23",
         stage="snapshot",
         why="one iteration: where protection begins and where a failure is recovered from",
@@ -297,7 +320,12 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:training_log",
         how="around",
         handler=t.training_log,
-        signature="(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, params_norm, num_zeros_in_grad, max_attention_logit, pg_collection=..., is_first_iteration=..., seqlen_squared_sum_in_batch=..., total_real_tokens_in_batch=...)",
+        signature=(
+            "(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, "
+            "report_memory_flag, skipped_iter, grad_norm, params_norm, num_zeros_in_grad, "
+            "max_attention_logit, pg_collection=..., is_first_iteration=..., "
+            "seqlen_squared_sum_in_batch=..., total_real_tokens_in_batch=...)"
+        ),
         digest="5e34a182d566",
         stage="recovery",
         why="running sums of the log line belong to the state of the loop",
@@ -307,7 +335,10 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:checkpoint_and_decide_exit",
         how="around",
         handler=t.checkpoint_and_decide_exit,
-        signature="(model, optimizer, opt_param_scheduler, iteration, num_floating_point_operations_so_far, checkpointing_context, train_data_iterator)",
+        signature=(
+            "(model, optimizer, opt_param_scheduler, iteration, "
+            "num_floating_point_operations_so_far, checkpointing_context, train_data_iterator)"
+        ),
         digest="a581d0350f89",
         stage="recovery",
         why="the operation count belongs to the state of the loop",
@@ -317,7 +348,11 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:evaluate_and_print_results",
         how="around",
         handler=t.unprotected("evaluation"),
-        signature="(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config, verbose=..., write_to_tensorboard=..., non_loss_data_func=..., pg_collection=..., p2p_communicator=...)",
+        signature=(
+            "(prefix, forward_step_func, data_iterator, model, iteration, "
+            "process_non_loss_data_func, config, verbose=..., write_to_tensorboard=..., "
+            "non_loss_data_func=..., pg_collection=..., p2p_communicator=...)"
+        ),
         digest="699dfbe69cf2",
         stage="inbox",
         why="evaluation is not part of an iteration's inbox",
@@ -327,7 +362,11 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:save_checkpoint_and_time",
         how="around",
         handler=t.unprotected("saving a checkpoint"),
-        signature="(iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far, checkpointing_context, non_persistent_ckpt=..., train_data_iterator=...)",
+        signature=(
+            "(iteration, model, optimizer, opt_param_scheduler, "
+            "num_floating_point_operations_so_far, checkpointing_context, non_persistent_ckpt=..., "
+            "train_data_iterator=...)"
+        ),
         digest="f72b7873e170",
         stage="inbox",
         why="saving is not part of an iteration's inbox",
@@ -337,7 +376,10 @@ ROWS: tuple[Patch, ...] = (
         target="megatron.training.training:train_step",
         how="around",
         handler=t.digest_step,
-        signature="(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, iteration=..., pg_collection=..., p2p_communicator=...)",
+        signature=(
+            "(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+            "forward_backward_func, iteration=..., pg_collection=..., p2p_communicator=...)"
+        ),
         digest="68989d425b23",
         stage="digest",
         group="digest",

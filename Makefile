@@ -1,0 +1,42 @@
+# Each target does its own set-up: a virtual environment in .venv, made anew only when needed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint gpu gpu-bundle set-up clean
+
+PY := .venv/bin/python
+STAMP := .venv/set-up.stamp
+# Several ranks share the machine's cores; more threads than that only wait for each other.
+export OMP_NUM_THREADS := 1
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: $(STAMP)  ## train twice, kill a worker in the second run, compare every bit
+	$(PY) launch/demo/run.py
+
+test: lint  ## lint, then every test; the slowest ones are listed at the end
+	$(PY) -m pytest --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, mypy, and whether patches/README.md fits the patch rows
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m megatron_moetion ledger --check
+
+gpu: ## the same identity with real CUDA streams, all ranks on one GPU
+	launch/gpu/run.sh
+
+gpu-bundle: $(STAMP)  ## pack what a GPU machine without network lacks
+	$(PY) launch/gpu/bundle.py
+
+set-up: $(STAMP)  ## only the virtual environment
+
+clean:  ## remove the virtual environment and what the demo left
+	rm -rf .venv .moetion
+
+$(STAMP): pyproject.toml setup.py launch/constraints.txt
+	@python="$$(launch/find-python.sh)"; echo "set-up: .venv by $$python (once, some minutes)"; \
+	    "$$python" -m venv .venv
+	$(PY) -m pip install --quiet -c launch/constraints.txt -e '.[dev]'
+	@touch $@
