@@ -35,8 +35,10 @@ set-up: $(STAMP)  ## only the virtual environment
 clean:  ## remove the virtual environment and what the demo left
 	rm -rf .venv .moetion
 
+# Without --no-compile pip compiles all of torch, more than is ever imported.
 $(STAMP): pyproject.toml setup.py launch/constraints.txt
-	@python="$$(launch/find-python.sh)"; echo "set-up: .venv by $$python (once, some minutes)"; \
+	@python="$$(launch/find-python.sh)"; echo "set-up: .venv by $$python"; \
 	    "$$python" -m venv .venv
-	$(PY) -m pip install --quiet -c launch/constraints.txt -e '.[dev]'
+	@echo "set-up: pip install of torch, megatron-core and the tools (some GiB)"
+	@$(PY) -m pip install -qq --no-compile -c launch/constraints.txt -e '.[dev]'
 	@touch $@

@@ -33,10 +33,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class FramePlan:
-    """What one frame holds; names in capture order."""
+    """What one frame holds; names in capture order.
+
+    Attributes:
+        full: operators captured in full.
+        light: operators of which only the compute weights are captured.
+        skipped: all others, full earlier in this window; named so that a frame tells what it lacks.
+    """
 
     full: tuple[str, ...]
     light: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,10 @@ class Schedule:
     def frame(self, iteration: int) -> FramePlan:
         """What the frame of `iteration` (>= 1) captures."""
         slot = self.slot_of(iteration)
+        others = [(k, n) for k, names in enumerate(self.slots) if k != slot for n in names]
         first_light = 0 if self.policy is WindowPolicy.ROLLING else slot + 1
-        light = [
-            n for k, names in enumerate(self.slots) if k >= first_light and k != slot for n in names
-        ]
-        return FramePlan(self.slots[slot], tuple(light))
+        light = tuple(n for k, n in others if k >= first_light)
+        return FramePlan(self.slots[slot], light, tuple(n for k, n in others if k < first_light))
 
     @property
     def frames_kept(self) -> int:

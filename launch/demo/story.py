@@ -35,50 +35,42 @@ class NoRecovery(RuntimeError):
 
 
 def timeline(events: Sequence[Event]) -> list[Row]:
-    """The recovery of the only failure of a run; a phase of several ranks ends with the last one.
+    """The recovery of the only failure of a run, as the failed stage saw it.
+
+    A phase of several ranks ends with the last one of that stage; the others only wait for it.
 
     Raises:
         NoRecovery: naming the first event that is missing.
     """
-    fault = _last(events, "fault", who="rank")
-    detected = _last(events, "detected", who="agent")
-    epoch = detected["epoch"]
-    replacing = _last(events, "replacing", who="agent")
-    verdict = _last(events, "planned", who="agent")
-    planned = _last(events, "planned", who="rank")
-    replayed = [event for event in events if event["kind"] == "replayed"]
+    fault = _last(events, "fault", "rank")
+    detected = _last(events, "detected", "agent")
+    _last(events, "restored", "rank")
+    stage = tuple(sorted({e["who"] for e in events if e["kind"] == "restored"}))
+    replacing = _last(events, "replacing", "agent")
+    decided = _last(events, "planned", "agent")
+    planned = _last(events, "planned", stage)
     steps = [
-        ("fault", fault, f"fires in iteration {fault['iteration']} of {fault['who']}"),
-        (
-            "detected",
-            detected,
-            f"exit code {detected['code']} of global rank {detected['global_rank']}",
-        ),
-        ("committed", verdict, f"survivors agree: iteration {verdict['committed']} is done"),
-        (
-            "booted",
-            _last(events, "quiesced", who="agent"),
-            f"replacement from a {replacing['start']} start",
-        ),
+        ("fault", fault, f"{fault['who']} in iteration {fault['iteration']}"),
+        ("detected", detected, f"exit code {detected['code']}"),
+        ("committed", decided, f"survivors agree: iteration {decided['committed']} is done"),
+        ("booted", _last(events, "quiesced", "agent"), f"replacement, {replacing['start']} start"),
         ("planned", planned, _stages_of(planned["plan"])),
-        ("regrouped", _last(events, "regrouped", who="rank"), f"process groups of epoch {epoch}"),
-        ("restored", _last(events, "restored", who="rank"), "base frame loaded"),
+        ("regrouped", _last(events, "regrouped", stage), "process groups made again"),
+        ("restored", _last(events, "restored", stage), "base frame loaded"),
     ]
-    if replayed:
-        numbers = sorted({event["iteration"] for event in replayed})
-        steps.append(("replayed", replayed[-1], f"iterations {', '.join(map(str, numbers))}"))
-    steps.append(("resumed", _last(events, "resumed", who="agent"), "all ranks train again"))
+    if numbers := sorted({e["iteration"] for e in events if e["kind"] == "replayed"}):
+        detail = f"iterations {', '.join(map(str, numbers))} from the inbox"
+        steps.append(("replayed", _last(events, "replayed", stage), detail))
+    steps.append(("resumed", _last(events, "resumed", "agent"), "all ranks train again"))
     start = fault["monotonic_ns"]
-    return [
-        Row(what, (event["monotonic_ns"] - start) / 1e6, detail) for what, event, detail in steps
-    ]
+    return [Row(what, (event["monotonic_ns"] - start) / 1e6, note) for what, event, note in steps]
 
 
-def _last(events: Iterable[Event], kind: str, who: str) -> Event:
-    """The last event of a kind that an agent or a worker wrote."""
+def _last(events: Iterable[Event], kind: str, who: str | tuple[str, ...]) -> Event:
+    """The last event of a kind by someone whose name begins like that."""
     found = [e for e in events if e["kind"] == kind and str(e["who"]).startswith(who)]
     if not found:
-        raise NoRecovery(f"no {who} recorded the event '{kind}': there was no complete recovery")
+        raise NoRecovery(f"nobody recorded the event '{kind}': there was no complete recovery")
     return found[-1]
 
 

@@ -115,15 +115,17 @@ class AgentLink:
     def _listen(self) -> None:
         try:
             while True:
-                message = self._channel.receive()
-                payload = None
-                if message.get("inline"):
-                    payload = bytearray(message["nbytes"])
-                    self._channel.receive_raw(memoryview(payload))
+                try:
+                    message = self._channel.receive()
+                    payload = None
+                    if message.get("inline"):
+                        payload = bytearray(message["nbytes"])
+                        self._channel.receive_raw(memoryview(payload))
+                except (EOFError, OSError):
+                    if not self._closed:
+                        self._orphaned()
+                    return
                 self._deliver(message, payload)
-        except (EOFError, OSError):
-            if not self._closed:
-                self._orphaned()
         except BaseException:
             # Whatever it was: going on without notices would be a hang.
             traceback.print_exc()

@@ -8,6 +8,7 @@ sides raise at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterable
@@ -41,17 +42,27 @@ def cut(sockets: Iterable[tuple[int, str]], spared_port: int) -> None:
         spared_port: the job's store listens there; making the world opens a connection to it too.
     """
     for fd, link in sockets:
-        if _link(fd) != link:
-            continue
-        with socket.socket(fileno=os.dup(fd)) as connection:
-            if connection.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
-            try:
-                if connection.getpeername()[1] != spared_port:
-                    connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                # Not connected: a listening socket, or a peer that is gone already.
-                continue
+        if _link(fd) == link:
+            _cut_one(fd, spared_port)
+
+
+def _cut_one(fd: int, spared_port: int) -> None:
+    try:
+        connection = socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        return  # Gloo closed it in this moment.
+    with connection:
+        if connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        try:
+            if connection.getpeername()[1] != spared_port:
+                connection.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            # A listening socket, or a peer that is gone already.
+            if error.errno not in (errno.ENOTCONN, errno.EINVAL):
+                raise
 
 
 def abort(group: Any, sockets: Sockets, spared_port: int) -> None:

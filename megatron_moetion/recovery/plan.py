@@ -58,18 +58,18 @@ class Position:
 
 @dataclass(frozen=True)
 class FrameInfo:
-    """What the plan needs to know of a sealed frame."""
+    """What the plan needs to know of a sealed frame; `skipped` operators are not in it."""
 
     iteration: int
     full: frozenset[str]
     light: frozenset[str]
+    skipped: frozenset[str] = frozenset()
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, object]) -> FrameInfo:
-        full, light = (meta[k] for k in ("full", "light"))
-        assert isinstance(full, list)
-        assert isinstance(light, list)
-        return cls(int(str(meta["iteration"])), frozenset(full), frozenset(light))
+        names = [meta[k] for k in ("full", "light", "skipped")]
+        full, light, skipped = (frozenset(n) for n in names if isinstance(n, list))
+        return cls(int(str(meta["iteration"])), full, light, skipped)
 
 
 @dataclass(frozen=True)
@@ -153,33 +153,23 @@ def dense_from(frames: Sequence[FrameInfo], base: int, last: int) -> int | None:
     or be there in light form.
     """
     by_iteration = {f.iteration: f for f in frames}
-    everything: frozenset[str] = frozenset()
     full: frozenset[str] = frozenset()
     for iteration in range(base, last + 1):
         frame = by_iteration.get(iteration)
         if frame is None:
             return None
-        everything |= frame.full | frame.light
         full |= frame.full
-        if everything - full - frame.light:
+        if frame.skipped - full:
             return None
-        if full == everything:
+        if full >= frame.light:
             return iteration
     return None
 
 
-def bases(frames: Sequence[FrameInfo], operators: frozenset[str], last: int) -> dict[int, int]:
+def bases(frames: Sequence[FrameInfo], last: int) -> dict[int, int]:
     """All bases that one rank could start from, with the iteration at which each becomes dense."""
-    found = {}
-    for frame in frames:
-        dense_at = dense_from(frames, frame.iteration, last)
-        if frame.iteration <= last and dense_at is not None:
-            covered = frozenset().union(
-                *(f.full for f in frames if frame.iteration <= f.iteration <= dense_at)
-            )
-            if covered >= operators:
-                found[frame.iteration] = dense_at
-    return found
+    dense = {f.iteration: dense_from(frames, f.iteration, last) for f in frames}
+    return {base: dense_at for base, dense_at in dense.items() if dense_at is not None}
 
 
 def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
@@ -188,9 +178,7 @@ def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
     last = facts.committed - 1 if rerun else facts.committed
     candidates: dict[int, int] | None = None
     for rank in ranks:
-        frames = facts.frames.get(rank, ())
-        operators: frozenset[str] = frozenset().union(*(f.full for f in frames))
-        mine = bases(frames, operators, last)
+        mine = bases(facts.frames.get(rank, ()), last)
         candidates = (
             mine
             if candidates is None

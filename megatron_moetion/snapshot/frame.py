@@ -102,6 +102,7 @@ def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[st
         "iteration": iteration,
         "full": list(plan.full),
         "light": list(plan.light),
+        "skipped": list(plan.skipped),
         "pieces": rows,
     }
 

@@ -1,0 +1,258 @@
+"""Whatever the schedule and wherever the ranks are: a plan exists, is short, uses nothing new."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moetion.operators import Kind
+from megatron_moetion.recovery.plan import (
+    Facts,
+    FrameInfo,
+    NothingToRebuildFrom,
+    Position,
+    Progress,
+    StagePlan,
+    commit_point,
+    dense_from,
+    make_plan,
+    needs_result,
+)
+from megatron_moetion.schedule import Schedule, Unit, WindowPolicy, generate, order
+from megatron_moetion.snapshot.frame import to_meta
+from megatron_moetion.topology import from_pipeline_groups
+
+MANY = settings(max_examples=50, deadline=None)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A job with two stages of `len(schedules)` ranks; the first rank of stage 0 is dead."""
+
+    schedules: tuple[Schedule, ...]
+    facts: Facts
+
+    def plan(self) -> StagePlan:
+        width = len(self.schedules)
+        topology = from_pipeline_groups(0, [(r, r + width) for r in range(width)])
+        stage = make_plan(self.facts, topology).stage(0)
+        assert stage is not None
+        return stage
+
+    def walk(self, rank: int, base: int) -> int:
+        """Loads frames from `base` on as a replay would; where this rank has all in full."""
+        operators = frozenset(n for slot in self.schedules[rank].slots for n in slot)
+        frames = {f.iteration: f for f in self.facts.frames[rank]}
+        full: frozenset[str] = frozenset()
+        for iteration in range(base, self.last + 1):
+            full |= frames[iteration].full
+            # Replay of the next iteration needs weights of what is still frozen.
+            assert operators - full <= frames[iteration].light
+            if full == operators:
+                return iteration
+        raise AssertionError(f"rank {rank} never gets {operators - full}")
+
+    @property
+    def last(self) -> int:
+        """The newest frame that every rank of the stage can stand on."""
+        ranks = range(len(self.schedules))
+        rerun = any(needs_result(self.facts.positions[r], self.facts.committed) for r in ranks)
+        return self.facts.committed - 1 if rerun else self.facts.committed
+
+
+@st.composite
+def schedules(draw: st.DrawFn, window: int, policy: WindowPolicy) -> Schedule:
+    kinds = draw(st.lists(st.sampled_from(list(Kind)), min_size=1, max_size=12))
+    sizes = draw(st.lists(st.integers(0, 1000), min_size=len(kinds), max_size=len(kinds)))
+    units = [
+        Unit(f"o{i}", kind, numel) for i, (kind, numel) in enumerate(zip(kinds, sizes, strict=True))
+    ]
+    heat = {u.name: draw(st.floats(0, 1)) for u in units}
+    return generate(order(units, heat), window, policy)
+
+
+def info(schedule: Schedule, iteration: int, start: int) -> FrameInfo:
+    """The frame of an iteration; that of the job's first, `start`, is dense."""
+    if iteration == start:
+        return FrameInfo(iteration, frozenset(n for s in schedule.slots for n in s), frozenset())
+    plan = schedule.frame(iteration)
+    return FrameInfo.from_meta(to_meta(iteration, plan, ()))
+
+
+def held(schedule: Schedule, position: Position, start: int, newest: int) -> tuple[FrameInfo, ...]:
+    """What is left after the `vault.drop` that begins the iteration this rank is in."""
+    oldest = max(start, position.iteration - schedule.frames_kept)
+    return tuple(info(schedule, i, start) for i in range(oldest, newest + 1))
+
+
+@st.composite
+def positions(draw: st.DrawFn, start: int, committed: int) -> tuple[Position, int]:
+    """Where a rank can be when `committed` counts as done, and the newest frame it has sealed.
+
+    Nobody passes a commit point before everybody is there, so all are within one iteration: in the
+    committed one, or in the next one, which a dead rank may even have stepped.
+    """
+    passed = Position(committed + 1, Progress.BEFORE_COMMIT, committed, committed)
+    if committed == start:
+        places = [(passed, start)]
+    else:
+        inside = [
+            (Progress.BEFORE_COMMIT, committed - 1, committed - 1),
+            (Progress.STEPPING, committed, committed - 1),
+            (Progress.STEPPING, committed, committed),
+            (Progress.AFTER_STEP, committed, committed),
+            (Progress.RETURNED, committed, committed),
+        ]
+        places = [(Position(committed, p, c, c - 1), newest) for p, c, newest in inside]
+        places.append((passed, committed))
+    ahead = replace(passed, progress=Progress.STEPPING, committed=committed + 1)
+    places += [(ahead, committed), (replace(ahead, progress=Progress.AFTER_STEP), committed + 1)]
+    return draw(st.sampled_from(places))
+
+
+@st.composite
+def scenes(draw: st.DrawFn, policy: WindowPolicy) -> Scene:
+    window = draw(st.integers(1, 8))
+    start = draw(st.sampled_from([0, 0, 3, 11]))
+    committed = start + draw(st.integers(0, 30))
+    width = draw(st.integers(1, 3))
+    plans = tuple(draw(schedules(window, policy)) for _ in range(width))
+    where, frames = {}, {}
+    for rank, schedule in enumerate(plans):
+        position, newest = draw(positions(start, committed))
+        where[rank] = position
+        frames[rank] = held(schedule, position, start, newest)
+    for rank in range(width, 2 * width):
+        where[rank] = Position(committed, Progress.RETURNED, committed, committed)
+        frames[rank] = ()
+    return Scene(plans, Facts(1, committed, (0,), where, frames))
+
+
+def bound(policy: WindowPolicy, window: int, lag: int) -> int:
+    return window - 1 + lag if policy is WindowPolicy.ROLLING else 2 * window
+
+
+@pytest.mark.parametrize("policy", list(WindowPolicy))
+def test_a_short_plan_exists_wherever_the_ranks_are(policy: WindowPolicy) -> None:
+    @MANY
+    @given(scenes(policy))
+    def check(scene: Scene) -> None:
+        plan, committed = scene.plan(), scene.facts.committed
+        assert plan.replay == tuple(range(plan.base + 1, committed + 1))
+        assert plan.base <= plan.dense_at <= scene.last <= committed
+        lag = committed - scene.last
+        assert len(plan.replay) <= bound(policy, scene.schedules[0].window, lag)
+
+    check()
+
+
+@pytest.mark.parametrize("policy", list(WindowPolicy))
+def test_every_operator_of_every_rank_is_full_exactly_by_dense_at(policy: WindowPolicy) -> None:
+    @MANY
+    @given(scenes(policy))
+    def check(scene: Scene) -> None:
+        plan = scene.plan()
+        walks = [scene.walk(rank, plan.base) for rank in range(len(scene.schedules))]
+        assert max(walks) == plan.dense_at
+
+    check()
+
+
+@pytest.mark.parametrize("policy", list(WindowPolicy))
+def test_frames_beyond_the_committed_iteration_change_nothing(policy: WindowPolicy) -> None:
+    @MANY
+    @given(scenes(policy))
+    def check(scene: Scene) -> None:
+        facts = scene.facts
+        known = {
+            r: tuple(f for f in frames if f.iteration <= facts.committed)
+            for r, frames in facts.frames.items()
+        }
+        assert Scene(scene.schedules, replace(facts, frames=known)).plan() == scene.plan()
+
+    check()
+
+
+@pytest.mark.parametrize("policy", list(WindowPolicy))
+def test_a_missing_frame_means_an_older_base_or_an_error_but_never_a_hole(
+    policy: WindowPolicy,
+) -> None:
+    @MANY
+    @given(scenes(policy), st.data())
+    def check(scene: Scene, data: st.DataObject) -> None:
+        rank = data.draw(st.integers(0, len(scene.schedules) - 1))
+        gone = data.draw(st.sampled_from(scene.facts.frames[rank])).iteration
+        left = tuple(f for f in scene.facts.frames[rank] if f.iteration != gone)
+        hurt = replace(scene.facts, frames={**scene.facts.frames, rank: left})
+        scene = Scene(scene.schedules, hurt)
+        with suppress(NothingToRebuildFrom):
+            scene.walk(rank, scene.plan().base)
+
+    check()
+
+
+@pytest.mark.parametrize("policy", list(WindowPolicy))
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_rank_that_lost_all_but_its_newest_frames_is_not_rebuilt(
+    policy: WindowPolicy, window: int
+) -> None:
+    units = [Unit(f"o{i}", Kind.EXPERT, 10) for i in range(8)]
+    schedule = generate(units, window, policy)
+    committed = 3 * window
+    there = Position(committed + 1, Progress.BEFORE_COMMIT, committed, committed)
+    for kept in range(window):
+        frames = tuple(info(schedule, i, 0) for i in range(committed - kept + 1, committed + 1))
+        facts = Facts(1, committed, (0,), {0: there, 1: there}, {0: frames, 1: ()})
+        with pytest.raises(NothingToRebuildFrom):
+            Scene((schedule,), facts).plan()
+
+
+def test_without_any_frame_the_error_names_stage_iteration_and_what_is_held() -> None:
+    there = Position(5, Progress.BEFORE_COMMIT, 4, 4)
+    facts = Facts(1, 4, (0,), {0: there, 1: there}, {0: (), 1: ()})
+    with pytest.raises(NothingToRebuildFrom, match=r"stage 0 .* iteration 4: .*\{0: \[\]\}"):
+        Scene((generate([], 2, WindowPolicy.ROLLING),), facts).plan()
+
+
+def test_only_failed_stages_have_a_plan_and_equal_facts_give_equal_digests() -> None:
+    schedule = generate([Unit("a", Kind.LAYER, 1)], 1, WindowPolicy.ROLLING)
+    there = Position(5, Progress.BEFORE_COMMIT, 4, 4)
+    frames = held(schedule, there, 0, 4)
+    facts = Facts(2, 4, (3,), dict.fromkeys(range(4), there), dict.fromkeys(range(4), frames))
+    pipelines = [(0, 2), (1, 3)]
+    plans = [make_plan(facts, from_pipeline_groups(rank, pipelines)) for rank in range(4)]
+    assert [s.pp_rank for s in plans[0].stages] == [1]
+    assert len({p.digest for p in plans}) == 1
+    assert (
+        plans[0].digest
+        != make_plan(replace(facts, epoch=3), from_pipeline_groups(0, pipelines)).digest
+    )
+    assert str(plans[0]) == "epoch 2, committed 4, dead [3]: stage 1: base 4, replay nothing"
+
+
+def test_a_base_needs_light_weights_of_all_that_is_not_full_yet() -> None:
+    none: frozenset[str] = frozenset()
+    a, b = frozenset("a"), frozenset("b")
+    first, second = FrameInfo(1, a, b), FrameInfo(2, b, none, a)
+    assert dense_from([first, second], 1, 2) == 2
+    assert dense_from([first, second], 1, 1) is None
+    assert dense_from([first, second], 2, 2) is None
+    assert dense_from([first, FrameInfo(3, b, none, a)], 1, 3) is None
+    hole = FrameInfo(2, none, none, a | b)
+    assert dense_from([first, hole, FrameInfo(3, b, none, a)], 1, 3) is None
+
+
+def test_the_furthest_survivor_sets_the_commit_point() -> None:
+    assert commit_point([Position(committed=3), Position(committed=4)]) == 4
+    assert commit_point([]) == 0
+
+
+def test_positions_and_frames_survive_their_json_form() -> None:
+    position = Position(7, Progress.STEPPING, 7, 6)
+    assert Position.from_json(position.to_json()) == position
+    meta = {"iteration": 3, "full": ["a"], "light": ["b"], "skipped": ["c"]}
+    assert FrameInfo.from_meta(meta) == FrameInfo(3, *(frozenset(x) for x in "abc"))
