@@ -1,6 +1,8 @@
-"""One worker's training session: the order of things in a training step, and what happens when a peer is lost.
+"""One worker's training session: the order of things in a training step, and what happens when a
+peer is lost.
 
-The session decides nothing about state or plans; it moves the cursor, calls capture, and walks a plan.
+The session decides nothing about state or plans; it moves the cursor, calls capture, and walks a
+plan.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion.host import Host
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
@@ -20,7 +23,16 @@ from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
 from megatron_moetion.job import Job, Notice
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
-from megatron_moetion.recovery.plan import Facts, NothingToRebuildFrom, Plan, Position, Progress, StagePlan, make_plan, needs_result
+from megatron_moetion.recovery.plan import (
+    Facts,
+    NothingToRebuildFrom,
+    Plan,
+    Position,
+    Progress,
+    StagePlan,
+    make_plan,
+    needs_result,
+)
 from megatron_moetion.recovery.rebuild import Frames, Rebuild
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.frame import copy_in, layout, sources, to_meta
@@ -28,13 +40,16 @@ from megatron_moetion.topology import Topology
 
 
 class StopReplay(Exception):
-    """Ends a replayed training step after its optimizer step: this rank has been through the rest of it."""
+    """Ends a replayed training step after its optimizer step: this rank has been through the rest
+    of it.
+    """
 
 
 class Session:
     """Protects the training steps of one worker.
 
-    Two threads meet here: training, and the listener of the agent's notices. `_lock` guards the position and the
+    Two threads meet here: training, and the listener of the agent's notices. `_lock` guards the
+        position and the
     freeze: a commit point is passed either before a freeze or not at all.
     """
 
@@ -60,7 +75,8 @@ class Session:
         self._result: tuple[Any] | None = None
         job.hooks.append(self._on_notice)
 
-    # -- position -------------------------------------------------------------------------------------------
+    # -- position
+    # -------------------------------------------------------------------------------------------
 
     @property
     def position(self) -> Position:
@@ -71,7 +87,11 @@ class Session:
             self._position = position
             self.cursor.iteration, self.cursor.progress = position.iteration, position.progress
             self.job.send("position", position=position.to_json())
-            if self._frozen and not self._settled and position.progress.order >= Progress.AFTER_STEP.order:
+            if (
+                self._frozen
+                and not self._settled
+                and position.progress.order >= Progress.AFTER_STEP.order
+            ):
                 self._settle()
 
     def _settle(self) -> None:
@@ -81,12 +101,14 @@ class Session:
     def reached(self, place: str, microbatch: int | None = None) -> None:
         """A scripted fault may fire here; only in training, never in replay."""
         if self.cursor.mode is Mode.LIVE:
-            # The gather of step i may run inside iteration i + 1, overlapped with its forward passes.
+            # The gather of step i may run inside iteration i + 1, overlapped with its forward
+            # passes.
             gather = place == "param-gather"
             iteration = self._position.committed if gather else self._position.iteration
             self.job.injector.reach(place, iteration, microbatch)
 
-    # -- one training step ----------------------------------------------------------------------------------
+    # -- one training step
+    # ----------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> None:
         """Start of an iteration, first time or again after an abort."""
@@ -137,7 +159,8 @@ class Session:
         """The log line of an iteration has been written."""
         self._move(replace(self._position, logged=iteration))
 
-    # -- the optimizer step and the commit point ----------------------------------------------------------------
+    # -- the optimizer step and the commit point
+    # ----------------------------------------------------------------
 
     def optimizer_step(self, run: Callable[[], Any]) -> Any:
         """Stands around the outermost optimizer's step."""
@@ -156,7 +179,9 @@ class Session:
         return result
 
     def commit(self) -> None:
-        """Right before the first parameter changes: every rank holds its final gradients (design section 6)."""
+        """Right before the first parameter changes: every rank holds its final gradients (design
+        section 6).
+        """
         if self.cursor.mode is Mode.REPLAY:
             self.host.drop_frozen_gradients()
             return
@@ -195,7 +220,8 @@ class Session:
         self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
         self._move(Position(iteration + 1, Progress.BEFORE_COMMIT, iteration, iteration))
 
-    # -- notices (listener thread) ------------------------------------------------------------------------------
+    # -- notices (listener thread)
+    # ------------------------------------------------------------------------------
 
     def _on_notice(self, notice: Notice) -> None:
         op = notice["op"]
@@ -221,7 +247,8 @@ class Session:
             finishing = p.iteration == committed and p.progress.order < Progress.AFTER_STEP.order
             if not (finishing and not failed) and not self._settled:
                 self._settle()
-        # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is cut.
+        # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is
+        # cut.
         self._abort(lambda members: failed or self.topology.spans_stages(members))
 
     def _stage_failed(self) -> bool:
@@ -232,7 +259,8 @@ class Session:
             if which(tuple(dist.get_process_group_ranks(group))):
                 self.job.groups.abort(group, self.job.store_port)
 
-    # -- a peer is lost (training thread) -----------------------------------------------------------------------
+    # -- a peer is lost (training thread)
+    # -----------------------------------------------------------------------
 
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
@@ -341,17 +369,21 @@ class Session:
     def _agree(self, plan: Plan) -> None:
         """Plans are pure; that all ranks made the same one is still checked, not assumed."""
         assert self.job.store is not None
-        store = dist.PrefixStore(f"moetion/plan/{plan.epoch}", self.job.store)
+        store = PrefixStore(f"moetion/plan/{plan.epoch}", self.job.store)
         agreed = store.compare_set("digest", "", plan.digest).decode()
         if agreed != plan.digest:
-            raise RuntimeError(f"recovery plans differ between ranks: {agreed} and {plan.digest} ({plan})")
+            raise RuntimeError(
+                f"recovery plans differ between ranks: {agreed} and {plan.digest} ({plan})"
+            )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
         self.job.send("joined", epoch=plan.epoch, digest=plan.digest, replayed=replayed)
         self.job.notices.wait("resume", plan.epoch)
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
-        self.job.events.emit("resumed", epoch=plan.epoch, replayed=replayed, iteration=plan.committed)
+        self.job.events.emit(
+            "resumed", epoch=plan.epoch, replayed=replayed, iteration=plan.committed
+        )
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
         self._run_on = needs_result(self._position, plan.committed)
@@ -409,6 +441,7 @@ class Session:
         )
 
     def _end_replay(self) -> None:
-        assert self._rebuild is not None and self._plan is not None
+        assert self._rebuild is not None
+        assert self._plan is not None
         self._rebuild.done()
         self.job.events.emit("rebuilt", iteration=self._plan.committed)

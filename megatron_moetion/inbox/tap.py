@@ -1,6 +1,7 @@
 """Where a stage's inputs pass: logged in training, fed back in replay.
 
-Three taps share one cursor: collectives, pipeline boundaries, data batches. What they decide depends only on the
+Three taps share one cursor: collectives, pipeline boundaries, data batches. What they decide
+    depends only on the
 cursor (iteration, progress, mode) and on whether the group crosses stages.
 """
 
@@ -40,9 +41,10 @@ class Cursor:
     Attributes:
         mode: what the taps do.
         iteration: the iteration that entries are logged under.
-        progress: how far inside it; from AFTER_STEP on every collective is small talk: logged and repeatable.
-        refeed: the iteration whose small talk was cut by a failure: results that a peer already has are taken
-            from its log instead of asking peers that have moved on.
+        progress: how far inside it; from AFTER_STEP on every collective is small talk: logged and
+            repeatable.
+        refeed: the iteration whose small talk was cut by a failure: results that a peer already has
+            are taken from its log instead of asking peers that have moved on.
         counts: entries so far in this iteration, by kind and place.
     """
 
@@ -88,14 +90,24 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "reduce_scatter_tensor": ("output",),
 }
 COLLECTIVES = tuple(_OUTPUTS)
-UNLOGGED_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather", "scatter", "all_to_all")
-"""Collectives whose results are not logged: across stages inside a training step they are refused by name."""
+UNLOGGED_COLLECTIVES = (
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather",
+    "scatter",
+    "all_to_all",
+)
+"""Collectives whose results are not logged: across stages inside a training step they are refused
+by name.
+"""
 
 
 class CollectiveTap:
     """Logs and feeds collectives that cross stages, and all small talk after the optimizer step."""
 
-    def __init__(self, cursor: Cursor, log: InboxLog, topology: Topology, groups: GroupRecorder, gate: Gate) -> None:
+    def __init__(
+        self, cursor: Cursor, log: InboxLog, topology: Topology, groups: GroupRecorder, gate: Gate
+    ) -> None:
         self._cursor, self._log, self._topology = cursor, log, topology
         self._groups, self._gate = groups, gate
         self._members: dict[str, tuple[int, ...]] = {}
@@ -103,7 +115,8 @@ class CollectiveTap:
         self.world_passed = False
 
     def pass_world(self, device: torch.device) -> None:
-        """Passes a world-wide barrier, unless a collective of the whole world was met since `world_passed` fell.
+        """Passes a world-wide barrier, unless a collective of the whole world was met since
+        `world_passed` fell.
 
         With the distributed optimizer the gradient norm is one (design section 6).
         """
@@ -132,13 +145,19 @@ class CollectiveTap:
         label = self._groups.name(group)
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
-        ours = len(members) > 1 and (crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE))
+        ours = len(members) > 1 and (
+            crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE)
+        )
         if not ours or name not in _OUTPUTS:
             if ours and crosses and not self._cursor.small_talk:
-                raise MissingFromInbox(f"{name} on group {label} {members} crosses stages and cannot be logged")
+                raise MissingFromInbox(
+                    f"{name} on group {label} {members} crosses stages and cannot be logged"
+                )
             return self._run(host, bound)
         if bound.arguments.get("async_op"):
-            raise MissingFromInbox(f"asynchronous {name} on group {label} {members} cannot be logged")
+            raise MissingFromInbox(
+                f"asynchronous {name} on group {label} {members} cannot be logged"
+            )
         key = CollectiveKey(self._cursor.iteration, label, self._cursor.take(f"collective/{label}"))
         outputs = _tensors(name, bound)
         if self._cursor.mode is Mode.REPLAY or self._cursor.refeed == self._cursor.iteration:
@@ -176,7 +195,9 @@ class CollectiveTap:
                 result = None
                 break
             if not repeatable:
-                raise MissingFromInbox(f"iteration {key.iteration} is committed, but nobody holds {key}")
+                raise MissingFromInbox(
+                    f"iteration {key.iteration} is committed, but nobody holds {key}"
+                )
             for tensor, value in zip(outputs, before, strict=True):
                 tensor.copy_(value)
         self._log.write(key, outputs)
@@ -187,7 +208,9 @@ class CollectiveTap:
             bound.arguments["group"] = self._groups.current(bound.arguments["group"])
         return host(*bound.args, **bound.kwargs)
 
-    def _feed(self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]) -> bool:
+    def _feed(
+        self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]
+    ) -> bool:
         mine = self._topology.global_rank
         logged = self._log.read(key, [mine, *(r for r in members if r != mine)])
         if logged is None:
@@ -197,7 +220,9 @@ class CollectiveTap:
                 tensor.copy_(value)
         return True
 
-    def _bind(self, name: str, host: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    def _bind(
+        self, name: str, host: Callable[..., Any], args: Any, kwargs: Any
+    ) -> inspect.BoundArguments:
         if name not in self._signatures:
             self._signatures[name] = inspect.signature(host)
         return self._signatures[name].bind(*args, **kwargs)
@@ -212,7 +237,8 @@ def _tensors(name: str, bound: inspect.BoundArguments) -> list[torch.Tensor]:
 
 
 class BoundaryTap:
-    """Logs what this rank sends over a stage edge; in replay, receives come from the neighbours' logs.
+    """Logs what this rank sends over a stage edge; in replay, receives come from the neighbours'
+    logs.
 
     In replay nothing is sent: the neighbours that wait have it already.
     """
@@ -234,16 +260,24 @@ class BoundaryTap:
         """
         ordinal = self._cursor.take(f"received/{direction}")
         key = BoundaryKey(self._cursor.iteration, direction, ordinal)
-        neighbours = self._topology.prev_ranks if direction is Direction.FORWARD else self._topology.next_ranks
+        neighbours = (
+            self._topology.prev_ranks
+            if direction is Direction.FORWARD
+            else self._topology.next_ranks
+        )
         sender = neighbours[self._topology.global_rank]
         logged = self._log.read(key, [sender])
         if logged is None:
-            raise MissingFromInbox(f"replay needs {key} of global rank {sender}, which is not in its log")
+            raise MissingFromInbox(
+                f"replay needs {key} of global rank {sender}, which is not in its log"
+            )
         return logged[0]
 
 
 class BatchTap:
-    """Logs every batch drawn in a training step; draws it again from the log in replay and after an abort."""
+    """Logs every batch drawn in a training step; draws it again from the log in replay and after an
+    abort.
+    """
 
     def __init__(self, cursor: Cursor, log: InboxLog) -> None:
         self._cursor, self._log = cursor, log
@@ -262,16 +296,25 @@ class BatchTap:
             return batch
         batch = draw()
         self._log.write_state(key, batch)
-        self._drawn = Counter({(iteration, c): n for (i, c), n in self._drawn.items() if i == iteration})
+        self._drawn = Counter(
+            {(iteration, c): n for (i, c), n in self._drawn.items() if i == iteration}
+        )
         self._drawn[iteration, chunk] = key.microbatch + 1
         return batch
 
 
 @contextmanager
 def at(cursor: Cursor, mode: Mode, iteration: int, progress: Progress) -> Iterator[None]:
-    """Moves the cursor for a nested stretch (replay, evaluation) and puts everything back afterwards."""
+    """Moves the cursor for a nested stretch (replay, evaluation) and puts everything back
+    afterwards.
+    """
     before = (cursor.mode, cursor.iteration, cursor.progress, cursor.counts)
-    cursor.mode, cursor.iteration, cursor.progress, cursor.counts = mode, iteration, progress, Counter()
+    cursor.mode, cursor.iteration, cursor.progress, cursor.counts = (
+        mode,
+        iteration,
+        progress,
+        Counter(),
+    )
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """In-place regroup: every process group is destroyed and made again under a new epoch.
 
-References to the old groups, wherever the host keeps them, are swapped for the new ones in one pass over the
-heap (one `gc.get_referrers` per group took seconds).
+References to the old groups, wherever the host keeps them, are swapped for the new ones in one pass
+over the heap (one `gc.get_referrers` per group took seconds).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch.distributed as dist
 from megatron_moetion.recovery.abort import Sockets, abort, open_sockets
 
 Group = Any
-"""A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the group."""
+"""A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the
+group.
+"""
 
 
 _NEVER_HOLD = frozenset({
@@ -47,7 +49,8 @@ def _make_again(recipe: Recipe) -> Group:
 class GroupRecorder:
     """Remembers every process group in creation order.
 
-    Creation order is the same on every rank (a rule of torch.distributed), so a group's position in it names the
+    Creation order is the same on every rank (a rule of torch.distributed), so a group's position in
+    it names the
     group across ranks: `name(group)`.
     """
 
@@ -73,7 +76,9 @@ class GroupRecorder:
         self._groups.append(group)
 
     def abort(self, group: Group, spared_port: int) -> None:
-        """Wakes everybody who waits in this group, here and on its other members; any thread may call it."""
+        """Wakes everybody who waits in this group, here and on its other members; any thread may
+        call it.
+        """
         abort(group, self._sockets.get(id(group), frozenset()), spared_port)
 
     def name(self, group: Group | None) -> str:
@@ -145,8 +150,8 @@ def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] =
         keep: holders that go on referring to the old groups.
 
     Returns:
-        The number of references swapped. Tuples and frames are left alone: they belong to calls under way, whose
-        groups are translated when used (`GroupRecorder.current`).
+        The number of references swapped. Tuples and frames are left alone: they belong to calls
+        under way, whose groups are translated when used (`GroupRecorder.current`).
     """
     own = {id(pairs), id(keep)} | {id(p) for p in pairs.values()} | {id(k) for k in keep}
     swapped = 0
@@ -200,4 +205,3 @@ def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:
     for key in hits_in:
         object.__setattr__(holder, key, new(attributes[key]))
     return len(hits_in)
-

@@ -30,7 +30,9 @@ class _Packer:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, np.ndarray):
-            return {"n": self._tensor(torch.from_numpy(np.ascontiguousarray(value)))}
+            if value.dtype.kind not in "biufc":
+                raise Unsupported(f"{path or 'value'} is an array of {value.dtype} values")
+            return {"n": self._tensor(torch.from_numpy(value.copy()))}
         if isinstance(value, np.generic):
             return self.skeleton(value.item(), path)
         if isinstance(value, list):

@@ -21,6 +21,9 @@ import torch
 
 from megatron_moetion.snapshot.frame import BUFFERS, Piece, view
 
+# Parts of it carry no types.
+_cuda: Any = torch.cuda
+
 FrameEntry = tuple[str, str, str, torch.Tensor]
 """(operator, param, part, live tensor), see `frame.sources`."""
 
@@ -42,7 +45,7 @@ class Ticket:
         Work issued on the current stream from now on may overwrite the copy's sources.
         """
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            _cuda.current_stream().wait_event(self._event)
 
     def wait_for_bytes(self) -> None:
         """Blocks the calling thread until the bytes are in host memory."""
@@ -212,7 +215,7 @@ class CudaCopier(Copier):
     def __init__(self, device: torch.device, on_failure: OnFailure | None = None) -> None:
         super().__init__(on_failure)
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _cuda.Stream(device)
         self._seals: queue.Queue[_Seal | None] = queue.Queue()
         # A daemon: a worker that is to end must not wait for a GPU that never answers.
         self._thread = threading.Thread(target=self._run, name="moetion-seal", daemon=True)
@@ -240,11 +243,11 @@ class CudaCopier(Copier):
         pairs = list(zip(sources, steady, strict=True))
         safe = [t.detach() if is_steady else t.detach().clone() for t, is_steady in pairs]
         # Behind the clones and behind whatever last wrote to the sources.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(_cuda.current_stream(self._device))
+        with _cuda.stream(self._stream):
             _copy(targets, safe)
             # Without it the sealing thread would spin, on a core that the data loader could use.
-            event = torch.cuda.Event(blocking=True)
+            event = _cuda.Event(blocking=True)
             event.record(self._stream)
         for tensor, is_steady in zip(safe, steady, strict=True):
             # The allocator must not hand this memory to the next activation before it is copied.
@@ -274,8 +277,7 @@ def register_pinned(chunk: torch.Tensor) -> None:
     Raises:
         torch.cuda.CudaError: the driver refuses, for example for lack of lockable memory.
     """
-    result = torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0)
-    torch.cuda.check_error(result)
+    _cuda.check_error(_cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

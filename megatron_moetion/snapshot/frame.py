@@ -129,5 +129,7 @@ def copy_in(
             the current stream: the sources must not be overwritten before an event recorded after
             this call has fired.
     """
+    if not entries:
+        return
     targets = [view(p, data) for p in pieces]
     torch._foreach_copy_(targets, [t.detach() for *_, t in entries], non_blocking=True)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from megatron_moetion import faults
 from megatron_moetion.config import Config
 
 from .. import activation
@@ -23,6 +24,12 @@ def activate(args: Namespace, config: Config) -> None:
         activation.refuse(
             f"--moetion-window {config.window_size} is larger than the {most} operators that this "
             f"model can have; use at most {most}"
+        )
+    outside = [f for f in faults.parse(config.fault) if f.global_rank >= args.world_size]
+    if outside:
+        activation.refuse(
+            f"--moetion-fault names global_rank {outside[0].global_rank}, but the job has ranks 0 to "
+            f"{args.world_size - 1}"
         )
     training.open_job(config, args)
     if training.job().replacement:

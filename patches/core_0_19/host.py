@@ -28,9 +28,13 @@ _SCALARS = (bool, int, float, str, tuple, torch.Tensor, type(None))
 
 
 class Call:
-    """The host's `train_step` with the arguments of this run, to be run once more for any iteration."""
+    """The host's `train_step` with the arguments of this run, to be run once more for any
+    iteration.
+    """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         self.function, self.args, self.kwargs = function, args, dict(kwargs)
 
     def run(self, iteration: int) -> Any:
@@ -48,7 +52,12 @@ class MegatronHost:
     """
 
     def __init__(
-        self, model: Sequence[Any], optimizer: Any, scheduler: Any, data_iterators: Sequence[Any], config: Any
+        self,
+        model: Sequence[Any],
+        optimizer: Any,
+        scheduler: Any,
+        data_iterators: Sequence[Any],
+        config: Any,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.data_iterators, self._config = list(data_iterators), config
@@ -62,7 +71,8 @@ class MegatronHost:
         self._frozen: list[ParamState] = []
         self._sync_funcs: tuple[Any, Any] = (None, None)
 
-    # -- state -------------------------------------------------------------------------------------------------
+    # -- state
+    # -------------------------------------------------------------------------------------------------
 
     def buffers(self) -> Mapping[str, torch.Tensor]:
         return canonical_buffers(self.model)
@@ -72,7 +82,11 @@ class MegatronHost:
         return {
             "rng": _rng(),
             "scheduler": self.scheduler.num_steps,
-            "groups": [_scalars(g) for o in inner_optimizers(self.optimizer) for g in o.optimizer.param_groups],
+            "groups": [
+                _scalars(g)
+                for o in inner_optimizers(self.optimizer)
+                for g in o.optimizer.param_groups
+            ],
             "scalers": [
                 o.grad_scaler.state_dict() if getattr(o, "grad_scaler", None) else None
                 for o in inner_optimizers(self.optimizer)
@@ -81,7 +95,9 @@ class MegatronHost:
             "norm_groups": [dict(getattr(o, _NORM_GROUPS, None) or {}) for o in self._optimizers()],
             "rerun": {name: _plain(getattr(rerun, name)) for name in _RERUN},
             "counters": {name: getattr(args, name, None) for name in _COUNTERS},
-            "metrics": {name: entry.values for name, entry in get_moe_metrics_tracker()._metrics.items()},
+            "metrics": {
+                name: entry.values for name, entry in get_moe_metrics_tracker()._metrics.items()
+            },
             "hooked": self.hooked,
             "loop": self.loop,
         }
@@ -103,7 +119,9 @@ class MegatronHost:
         for name, value in state["counters"].items():
             setattr(args, name, value)
         if state["counters"]["consumed_train_samples"] is not None:
-            update_num_microbatches(state["counters"]["consumed_train_samples"], consistency_check=False)
+            update_num_microbatches(
+                state["counters"]["consumed_train_samples"], consistency_check=False
+            )
         _load_metrics(state["metrics"])
         for iterator in self.data_iterators:
             if iterator is not None:
@@ -118,7 +136,9 @@ class MegatronHost:
 
     def live_state(self) -> State:
         timers = get_timers()._timers
-        clocks = {n: (t._elapsed, t._active_time, t._started, t._start_time) for n, t in timers.items()}
+        clocks = {
+            n: (t._elapsed, t._active_time, t._started, t._start_time) for n, t in timers.items()
+        }
         return {**self.start_state(), "timers": clocks}
 
     def load_live_state(self, state: State) -> None:
@@ -171,7 +191,9 @@ class MegatronHost:
         if hooked == self.hooked:
             return
         for chunk in self.model:
-            chunk.enable_forward_pre_hook() if hooked else chunk.disable_forward_pre_hook(param_sync=False)
+            chunk.enable_forward_pre_hook() if hooked else chunk.disable_forward_pre_hook(
+                param_sync=False
+            )
 
     def use_param_sync_func(self) -> None:
         """What the host's loop does after its first iteration, for a replacement that enters later."""
@@ -186,8 +208,16 @@ class MegatronHost:
             return
         self._hooked = self.hooked
         self.set_hooked(False)
-        configs = {id(c): c for c in [*(m.ddp_config for m in self.model), *(g.ddp_config for g in self._bucket_groups())]}
-        self._overlap = [(c, c.overlap_grad_reduce, c.overlap_param_gather) for c in configs.values()]
+        configs = {
+            id(c): c
+            for c in [
+                *(m.ddp_config for m in self.model),
+                *(g.ddp_config for g in self._bucket_groups()),
+            ]
+        }
+        self._overlap = [
+            (c, c.overlap_grad_reduce, c.overlap_param_gather) for c in configs.values()
+        ]
         for config, *_ in self._overlap:
             config.overlap_grad_reduce = config.overlap_param_gather = False
         self._sync_funcs = (self._config.grad_sync_func, self._config.param_sync_func)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,10 +38,11 @@ def job() -> Job:
     return JOB
 
 
-# -- process groups -------------------------------------------------------------------------------------------
+# -- process groups
+# -------------------------------------------------------------------------------------------
 
 
-def init_process_group(host: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def init_process_group(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Notes how the world is made; a replacement starts alone, on torch's fake group."""
     this = job()
     if this.groups.rebuilding:
@@ -57,7 +61,11 @@ def new_group(host: Callable[..., Any], ranks: Any = None, **kwargs: Any) -> Any
     this = job()
     if this.groups.rebuilding:
         return host(ranks, **kwargs)
-    fake = {"backend": None, "pg_options": None, "use_local_synchronization": False} if this.fake else {}
+    fake = (
+        {"backend": None, "pg_options": None, "use_local_synchronization": False}
+        if this.fake
+        else {}
+    )
     group = this.groups.make(lambda: host(ranks, **{**kwargs, **fake}))
     this.groups.record(group, None if ranks is None else list(ranks), kwargs)
     return group
@@ -74,7 +82,8 @@ def collective(name: str) -> Callable[..., Any]:
     return handler
 
 
-# -- pipeline and data ----------------------------------------------------------------------------------------
+# -- pipeline and data
+# ----------------------------------------------------------------------------------------
 
 
 class _Arrived:
@@ -91,7 +100,9 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     boundaries = SESSION.boundaries
     if SESSION.cursor.mode is Mode.REPLAY:
         received = [
-            boundaries.receive(direction).to(SESSION.host.device).requires_grad_(True) if wanted else None
+            boundaries.receive(direction).to(SESSION.host.device).requires_grad_(True)
+            if wanted
+            else None
             for direction, wanted in (
                 (Direction.FORWARD, kwargs["recv_prev"]),
                 (Direction.BACKWARD, kwargs["recv_next"]),
@@ -138,7 +149,8 @@ def passed(place: str) -> Callable[..., Any]:
     return handler
 
 
-# -- optimizer ------------------------------------------------------------------------------------------------
+# -- optimizer
+# ------------------------------------------------------------------------------------------------
 
 
 def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
@@ -160,11 +172,14 @@ def step_with_ready_grads(host: Callable[..., Any], self: Any) -> Any:
     return host(self)
 
 
-# -- the training loop ----------------------------------------------------------------------------------------
+# -- the training loop
+# ----------------------------------------------------------------------------------------
 
 
 def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """After set-up, a replacement learns where the job is and takes over its counters, like from a checkpoint."""
+    """After set-up, a replacement learns where the job is and takes over its counters, like from a
+    checkpoint.
+    """
     built = host(*args, **kwargs)
     this = job()
     if not this.replacement:
@@ -172,7 +187,9 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
     this.send("ready", epoch=0)
     epoch = 0
     while this.facts is None:
-        epoch = this.notices.failure(Interrupted("the job never asked this replacement to join"), epoch)
+        epoch = this.notices.failure(
+            Interrupted("the job never asked this replacement to join"), epoch
+        )
         try:
             this.receive_facts(epoch)
         except Superseded:
@@ -192,7 +209,10 @@ def _own_state(this: Job, iteration: int) -> Any:
 
     entry = this.vault.fetch(this.global_rank, str(HeaderKey(iteration)))
     if entry is None:
-        this.send("hopeless", reason=f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}")
+        this.send(
+            "hopeless",
+            reason=f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}",
+        )
         raise RuntimeError(f"{HeaderKey(iteration)} is gone")
     return bundle.unpack(dict(entry.meta), entry.data, "cpu")
 
@@ -203,7 +223,8 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     first = SESSION is None
     if first:
         _open_session(host, args, kwargs)
-    assert SESSION is not None and isinstance(SESSION.host, MegatronHost)
+    assert SESSION is not None
+    assert isinstance(SESSION.host, MegatronHost)
     host_view = SESSION.host
     host_view.note_timers()
     host_view.call = Call(host, args, kwargs)
@@ -213,14 +234,16 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return SESSION.train_step(iteration, lambda: host(*args, **kwargs))
     state = _own_state(job(), iteration)
     host_view.load_loop_state(state)
-    committed = job().facts.committed  # type: ignore[union-attr]
-    if iteration == committed:
+    facts = job().facts
+    assert facts is not None
+    if iteration == facts.committed:
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
     if joined is not None:
         return joined[0]
-    # The host's loop gathers parameters by hooks only after its first iteration; its peers are past theirs.
+    # The host's loop gathers parameters by hooks only after its first iteration; its peers are past
+    # theirs.
     host_view.set_hooked(state["hooked"])
     if state["hooked"]:
         host_view.use_param_sync_func()
@@ -234,7 +257,9 @@ def _skip_batches(host_view: MegatronHost, iteration: int) -> None:
     this = job()
     for chunk, iterator in enumerate(host_view.data_iterators):
         microbatch = 0
-        while iterator and this.vault.fetch(this.global_rank, str(BatchKey(iteration, chunk, microbatch))):
+        while iterator and this.vault.fetch(
+            this.global_rank, str(BatchKey(iteration, chunk, microbatch))
+        ):
             next(iterator.iterable)
             microbatch += 1
 
@@ -250,12 +275,16 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
     plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
-        print(f"moetion: stage {where.pp_rank}, global rank {this.global_rank} owns\n{table(host_view.operators)}")
+        print(
+            f"moetion: stage {where.pp_rank}, global rank {this.global_rank} owns\n{table(host_view.operators)}"
+        )
     SESSION = Session(this, where, host_view, plan)
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Running sums are logged with each iteration; a replacement starts from them and repeats no line."""
+    """Running sums are logged with each iteration; a replacement starts from them and repeats no
+    line.
+    """
     if SESSION is None:
         return host(*args, **kwargs)
     assert isinstance(SESSION.host, MegatronHost)
@@ -273,7 +302,13 @@ def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _muted(wanted: bool) -> Iterator[None]:
-    names = ("get_tensorboard_writer", "get_wandb_writer", "print_rank_last", "report_memory", "report_theoretical_memory")
+    names = (
+        "get_tensorboard_writer",
+        "get_wandb_writer",
+        "print_rank_last",
+        "report_memory",
+        "report_theoretical_memory",
+    )
     before = {name: getattr(training, name) for name in names}
     for name in names if wanted else ():
         setattr(training, name, lambda *args, **kwargs: None)
@@ -302,7 +337,9 @@ def unprotected(what: str) -> Callable[..., Any]:
             return host(*args, **kwargs)
         except Exception as error:
             if is_communication_error(error):
-                job().send("hopeless", reason=f"a rank failed during {what}, which cannot be repeated yet")
+                job().send(
+                    "hopeless", reason=f"a rank failed during {what}, which cannot be repeated yet"
+                )
             raise
         finally:
             SESSION.cursor.mode = mode
@@ -322,8 +359,23 @@ def open_job(config: Config, args: Any) -> None:
     from megatron_moetion import job as jobs
 
     global JOB
-    on_map = _register if torch.cuda.is_available() and torch.version.cuda and not _rehearsing() else None
+    if os.environ.get("MOETION_AGENT"):
+        sys.excepthook = _end_now
+    on_map = (
+        _register
+        if torch.cuda.is_available() and torch.version.cuda and not _rehearsing()
+        else None
+    )
     JOB = jobs.open_job(config, args.rank, args.world_size, on_map)
+
+
+def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # The interpreter's own shutdown waits for process groups whose peers wait for this process to
+    # end.
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _rehearsing() -> bool:
@@ -333,7 +385,8 @@ def _rehearsing() -> bool:
 
 
 def _register(chunk: torch.Tensor) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # untyped in torch
+    torch.cuda.check_error(runtime.cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
 
 
 def digest_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -349,4 +402,3 @@ def digest_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hashes = digest.state_hashes(find_operators(model, optimizer), canonical_buffers(model))
         digest.record(DIGEST_DIRECTORY, options.rank, iteration, result[0], hashes)
     return result
-

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from megatron_moetion.snapshot.copier import Copier, CpuCopier, Ticket, copier_for
+from megatron_moetion.rehearsal import streams
+from megatron_moetion.snapshot.copier import Copier, CpuCopier, CudaCopier, Ticket, copier_for
 from megatron_moetion.snapshot.frame import BUFFERS, layout, view
 from megatron_moetion.vault import LocalVault
 
@@ -75,7 +76,7 @@ def test_a_report_that_cannot_be_written_does_not_reach_training_either() -> Non
 
     copier = CpuCopier(full_disk)
     ticket = copier.copy([], [], torch.empty(0, dtype=torch.uint8))
-    copier.seal(ticket, "frame/1", lambda: 1 / 0, nothing)  # type: ignore[arg-type, return-value]
+    copier.seal(ticket, "frame/1", lambda: 1 / 0, nothing)
     assert copier.num_failures == 1
     assert ticket.done()
 
@@ -114,3 +115,70 @@ def test_a_cpu_copier_seals_on_the_calling_thread(copier: Copier) -> None:
 
 def test_the_device_chooses_the_copier() -> None:
     assert isinstance(copier_for(torch.device("cpu")), CpuCopier)
+
+
+class LateEvent(streams.Event):
+    """Fires when the test says so."""
+
+    fired = threading.Event()
+
+    def synchronize(self) -> None:
+        self.fired.wait()
+
+
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch, failures: list[tuple[str, str]]) -> Copier:
+    """The copier of a GPU, over the rehearsal's streams and an event that fires late."""
+    LateEvent.fired = threading.Event()
+    only = streams.Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", streams.Stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: LateEvent())
+    monkeypatch.setattr(torch.cuda, "stream", streams.StreamContext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: only)
+    return CudaCopier(torch.device("cpu"), lambda name, error: failures.append((name, str(error))))
+
+
+def test_a_gpu_copy_is_sealed_behind_its_event_and_in_order(behind: Copier) -> None:
+    sealed: list[str] = []
+    tickets = []
+    for name in ("frame/1", "boundary/2/x", "frame/2"):
+        ticket = behind.copy_passing([torch.ones(2)], [torch.empty(2)])
+        behind.seal(ticket, name, lambda name=name: sealed.append(name), nothing)
+        tickets.append(ticket)
+    assert not sealed
+    assert not any(ticket.done() for ticket in tickets)
+    LateEvent.fired.set()
+    behind.drain()
+    assert sealed == ["frame/1", "boundary/2/x", "frame/2"]
+    assert all(ticket.wait() for ticket in tickets)
+    behind.close()
+
+
+def test_a_failing_seal_does_not_stop_the_sealing_thread(
+    behind: Copier, failures: list[tuple[str, str]]
+) -> None:
+    LateEvent.fired.set()
+    vault = LocalVault(0)
+    first = behind.copy_passing([], [])
+    behind.seal(first, "frame/1", lambda: vault.seal("frame/1", {}), lambda: vault.abandon("x"))
+    vault.reserve("frame/2", 64)
+    second = behind.copy_passing([], [])
+    behind.seal(second, "frame/2", lambda: vault.seal("frame/2", {}), nothing)
+    assert second.wait()
+    assert not first.wait()
+    assert [name for name, _ in failures] == ["frame/1"]
+    behind.close()
+
+
+def test_buffers_and_unsteady_tensors_are_cloned_before_the_copy(behind: Copier) -> None:
+    LateEvent.fired.set()
+    seen: list[int] = []
+    clone = torch.Tensor.clone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", lambda t: seen.append(t.numel()) or clone(t))
+        pieces, nbytes = layout(ENTRIES)
+        behind.copy(ENTRIES, pieces, torch.empty(nbytes, dtype=torch.uint8))
+        behind.copy_passing([torch.ones(2)], [torch.empty(2)])
+        behind.copy_passing([torch.ones(3)], [torch.empty(3)], steady=False)
+    assert seen == [5, 3]
+    behind.close()

@@ -1,0 +1,25 @@
+"""One runner for the whole suite: starting processes is the cost, so runs are shared."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .harness import ROOT, Runner
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    scratch = tmp_path_factory.mktemp("equivalence")
+    prefix = scratch / "stdlib"
+    corpus = ROOT / "launch" / "demo" / "corpus.py"
+    subprocess.run([sys.executable, str(corpus), "--output", str(prefix)], cwd=ROOT, check=True,
+                   env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "MOETION_PLATFORM": "cpu"})  # fmt: skip
+    return Runner(scratch, str(prefix))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.fspath).parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.multirank)

@@ -1,0 +1,186 @@
+"""Runs the real training loop in real processes and compares what they recorded, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.demo.model_args import model_args
+from megatron_moetion import digest, events
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
+SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
+LINE = re.compile(
+    r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) .*?(lm loss: .*?nan iterations: +\d+)"
+)
+LIMIT_SECONDS = 900
+"""A run that hangs is killed, not waited for; far above what any of them takes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    directory: Path
+    code: int
+    log: str
+
+    @property
+    def records(self) -> dict[tuple[int, int], dict[str, str]]:
+        """{(iteration, global_rank): {name: bits}}."""
+        return digest.read(self.directory)
+
+    @property
+    def lines(self) -> list[tuple[str, ...]]:
+        """The log lines without clock times: (iteration, consumed samples, learning rate, losses
+        and norms).
+        """
+        return [match.groups() for match in map(LINE.search, self.log.splitlines()) if match]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind, in time order; none when the run recorded none."""
+        if not (self.directory / events.FOLDER).exists():
+            return []
+        return [e for e in events.read(self.directory) if e["kind"] == kind]
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        """What the leader says of each recovery that ended with training."""
+        return [e for e in self.events("resumed") if e["who"].startswith("agent")]
+
+    def tail(self) -> str:
+        """The end of the log, for an assertion's message."""
+        return f"exit code {self.code}\n" + "\n".join(self.log.splitlines()[-40:])
+
+
+class Runner:
+    """Starts runs one after the other; a run with the same name is run once."""
+
+    def __init__(self, scratch: Path, data_prefix: str) -> None:
+        self._scratch, self._data_prefix = scratch, data_prefix
+        self._done: dict[str, Run] = {}
+
+    def run(
+        self,
+        name: str,
+        *,
+        iterations: int,
+        flags: Sequence[str] = (),
+        variant: str = "demo",
+        launcher: str = "megatron_moetion.agent.launcher",
+        script: Path = PRETRAIN,
+        env: Mapping[str, str] | None = None,
+        model: Mapping[str, int] | None = None,
+        layers: int = 2,
+        nodes: int = 1,
+        without: Sequence[str] = (),
+    ) -> Run:
+        """Trains and returns what was recorded; the exit code is the caller's business."""
+        if name in self._done:
+            return self._done[name]
+        directory = self._scratch / name
+        words = model_args(
+            variant, train_iters=iterations, data_prefix=self._data_prefix, **(model or {})
+        )
+        # The last of two equal flags counts. Decay reaches beyond the longest run, so that every
+        # step shows.
+        words += ["--num-layers", str(layers), "--lr-decay-iters", "400", "--eval-iters", "0"]
+        words += ["--moetion-digest-interval", "1", "--moetion-dir", str(directory), *flags]
+        words = [word for word in words if word not in without]
+        directory.mkdir(parents=True, exist_ok=True)
+        program = [str(script), *words]
+        code = _launch(launcher, nodes, program, _environment(env or {}), directory / "log")
+        self._done[name] = Run(directory, code, (directory / "log").read_text())
+        return self._done[name]
+
+    def off(self, name: str, **options: Any) -> Run:
+        """Trains without protection: only the digest row, under plain torchrun."""
+        return self.run(name, launcher="torch.distributed.run", **options)
+
+
+def _launch(launcher: str, nodes: int, program: list[str], env: dict[str, str], log: Path) -> int:
+    """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
+    or 0.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", launcher, "--nproc-per-node", str(4 // nodes)]
+    if nodes > 1:
+        env = {**env, "MOETION_SECRET": secrets.token_hex(16)}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command += [
+            "--nnodes",
+            str(nodes),
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port),
+        ]
+    with log.open("w") as out:
+        launchers = [
+            subprocess.Popen(
+                [*command, *(["--node-rank", str(rank)] if nodes > 1 else []), *program],
+                cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            )
+            for rank in range(nodes)
+        ]  # fmt: skip
+        try:
+            codes = [each.wait(timeout=LIMIT_SECONDS) for each in launchers]
+        finally:
+            for each in launchers:
+                each.kill()
+    return next((code for code in codes if code), 0)
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    startup = str(ROOT / "patches" / "startup")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([startup, str(ROOT)]),
+        "MOETION": "1",
+        "MOETION_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **extra,
+    }
+
+
+def assert_same_bits(run: Run, reference: Run, iterations: int) -> None:
+    """Every record of `run` up to `iterations` exists and equals the reference's; so do its log
+    lines.
+    """
+    expected = {key: v for key, v in reference.records.items() if key[0] <= iterations}
+    assert len(expected) == 4 * iterations, "the reference itself is incomplete"
+    found = run.records
+    for key in sorted(expected):
+        assert key in found, f"nothing recorded for (iteration, rank) {key}\n{run.tail()}"
+        different = [n for n in expected[key] if found[key].get(n) != expected[key][n]]
+        assert not different, (
+            f"(iteration, rank) {key}: {different[0]} and {len(different) - 1} more differ"
+        )
+    assert run.lines[:iterations] == reference.lines[:iterations], "log lines differ"
+
+
+def first_difference(run: Run, reference: Run) -> tuple[tuple[int, int], str] | None:
+    """Where a run that is expected to be wrong first differs."""
+    expected = reference.records
+    for key, values in sorted(run.records.items()):
+        for name in values:
+            if values[name] != expected[key].get(name):
+                return key, name
+    return None
+
+
+def kills(*places: tuple[int, int, str]) -> list[str]:
+    """The fault flag for (global_rank, iteration, place) each."""
+    spec = ";".join(f"kill:global_rank={r},iteration={i},at={p}" for r, i, p in places)
+    return ["--moetion-fault", spec]

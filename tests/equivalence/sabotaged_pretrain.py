@@ -1,0 +1,84 @@
+"""The demo's script with one thing broken in replay, named by $MOETION_TEST_SABOTAGE
+(comma-separated).
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion import session
+from megatron_moetion.inbox import tap
+from megatron_moetion.recovery import rebuild
+
+
+def skip_iteration() -> None:
+    """The replay leaves its first iteration out."""
+    make_plan = session.make_plan
+
+    def skipping(facts: Any, topology: Any) -> Any:
+        plan = make_plan(facts, topology)
+        stages = tuple(replace(s, replay=s.replay[1:]) for s in plan.stages)
+        return replace(plan, stages=stages)
+
+    session.make_plan = skipping
+
+
+def stale_frame() -> None:
+    """The base frame is that of the iteration before."""
+    load = rebuild.Frames.load
+
+    def stale(self: Any, iteration: int, wanted: Any, light: Any) -> Any:
+        first = not getattr(self, "_loaded", False)
+        self._loaded = True
+        return load(self, iteration - 1 if first else iteration, wanted, light)
+
+    rebuild.Frames.load = stale  # type: ignore[method-assign]  # that is the point
+
+
+def local_norm() -> None:
+    """In replay the gradient norm of the stage stands in for that of the job."""
+    feed = tap.CollectiveTap._feed
+
+    def local(self: Any, key: Any, outputs: Any, members: Any) -> bool:
+        if self._cursor.mode is tap.Mode.REPLAY and not self._cursor.small_talk:
+            if (
+                len(members) == self._topology.world_size
+                and outputs
+                and outputs[0].is_floating_point()
+            ):
+                return True
+        return bool(feed(self, key, outputs, members))
+
+    tap.CollectiveTap._feed = local  # type: ignore[method-assign]  # that is the point
+
+
+def lost_step() -> None:
+    """Adam's step counter is not restored."""
+    put = rebuild.Frames._put
+
+    def forgetful(self: Any, state: Any, piece: Any, data: Any) -> None:
+        put(self, state, piece, data.zero_() if piece.part == "step" else data)
+
+    rebuild.Frames._put = forgetful  # type: ignore[method-assign]  # that is the point
+
+
+def lost_buffer() -> None:
+    """Model buffers (the router's bias) are not restored."""
+    rebuild.Frames.load_buffers = lambda self, iteration: None  # type: ignore[method-assign]  # that is the point
+
+
+def no_check() -> None:
+    """The replay's own comparison with the frames is off, so that only the digests can tell."""
+    rebuild.Frames.check = lambda self, iteration, active: None  # type: ignore[method-assign]  # that is the point
+
+
+for name in filter(None, os.environ.get("MOETION_TEST_SABOTAGE", "").split(",")):
+    globals()[name]()
+
+if __name__ == "__main__":
+    script = Path(__file__).parents[2] / "launch" / "demo" / "pretrain_moe.py"
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,46 @@
+"""Negative controls: the identity tests can tell right from wrong, and so can the replay itself."""
+
+import pytest
+
+from .harness import SABOTAGED, Run, Runner, first_difference, kills
+
+ITERATIONS = 9
+VARIANTS = {"lost_buffer": "sigmoid"}
+
+
+def _sabotaged(runner: Runner, name: str, sabotage: str, variant: str) -> tuple[Run, Run]:
+    off = runner.off(f"control-{variant}", iterations=ITERATIONS, variant=variant)
+    assert off.code == 0, off.tail()
+    run = runner.run(
+        name,
+        iterations=ITERATIONS,
+        variant=variant,
+        script=SABOTAGED,
+        env={"MOETION_TEST_SABOTAGE": sabotage},
+        flags=["--moetion", "--moetion-window", "3", *kills((3, 7, "backward:1"))],
+    )
+    return run, off
+
+
+@pytest.mark.parametrize(
+    "sabotage", ["skip_iteration", "stale_frame", "local_norm", "lost_step", "lost_buffer"]
+)
+def test_a_wrong_replay_is_seen_by_the_digests(runner: Runner, sabotage: str) -> None:
+    variant = VARIANTS.get(sabotage, "demo")
+    run, off = _sabotaged(runner, f"control-{sabotage}", f"{sabotage},no_check", variant)
+    assert run.events("fault"), "the fault never fired"
+    assert run.code == 0, run.tail()
+    different = first_difference(run, off)
+    assert different is not None, f"{sabotage} went unnoticed"
+
+
+def test_an_intact_replay_of_the_same_script_is_right(runner: Runner) -> None:
+    run, off = _sabotaged(runner, "control-none", "", "demo")
+    assert run.code == 0, run.tail()
+    assert first_difference(run, off) is None
+
+
+def test_a_replay_that_diverges_is_refused_by_itself(runner: Runner) -> None:
+    run, _ = _sabotaged(runner, "control-refused", "local_norm", "demo")
+    assert run.code != 0, "a diverging replay went on training"
+    assert "gave other bits than training" in run.log

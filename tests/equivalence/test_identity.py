@@ -1,0 +1,148 @@
+"""The headline: off == on without failure == on with failures, on hashes, logged losses and log
+lines.
+
+PP2 x EP2 on four processes: ranks 0 and 1 are stage 0, ranks 2 and 3 the last stage. Four
+    microbatches per
+iteration, fresh data, gradient clipping, warm-up and decay. Many failures share a run, eleven
+iterations apart.
+"""
+
+import pytest
+
+from .harness import Run, Runner, assert_same_bits, kills
+
+PLACES = (
+    "forward:1",
+    "backward:0",
+    "grad-sync",
+    "norm",
+    "optimizer",
+    "param-gather",
+    "capture",
+    "end",
+)
+APART = 11
+BOTH_STAGES = 2 * len(PLACES) * APART + 3
+ONE_EACH = len(PLACES) * APART + 3
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def _everywhere() -> list[tuple[int, int, str]]:
+    """Every place on both stages; ranks 0 and 3 print and write, 1 and 2 do not."""
+    on_first = [(n % 2, 3 + APART * 2 * n, place) for n, place in enumerate(PLACES)]
+    on_last = [(3 - n % 2, 3 + APART * (2 * n + 1), place) for n, place in enumerate(PLACES)]
+    return sorted(on_first + on_last, key=lambda k: k[1])
+
+
+def _alternating() -> list[tuple[int, int, str]]:
+    return [((3, 0, 2, 1)[n % 4], 3 + APART * n, place) for n, place in enumerate(PLACES)]
+
+
+@pytest.fixture(scope="session")
+def off(runner: Runner) -> Run:
+    run = runner.off("off", iterations=BOTH_STAGES)
+    assert run.code == 0, run.tail()
+    return run
+
+
+def _check_recoveries(
+    run: Run, failures: list[tuple[int, int, str]], bound: dict[str, int]
+) -> None:
+    """Each failure was recovered; the failed stage replayed no more than `bound`, the other
+    nothing.
+    """
+    assert [e["recovered"] for e in run.recoveries] == [[rank] for rank, *_ in failures], run.tail()
+    replayed: dict[int, dict[int, int]] = {}
+    for event in run.events("resumed"):
+        if event["who"].startswith("rank"):
+            rank = int(event["who"].removeprefix("rank"))
+            replayed.setdefault(event["epoch"], {})[rank] = event["replayed"]
+    steps: dict[int, set[str]] = {}
+    for event in run.events("replayed"):
+        steps.setdefault(event["iteration"], set()).add(event["who"])
+    for epoch, (rank, iteration, place) in enumerate(failures, start=1):
+        stage = {0, 1} if rank < 2 else {2, 3}
+        counts = replayed[epoch]
+        assert set(counts) == {0, 1, 2, 3}
+        assert all(counts[r] == 0 for r in {0, 1, 2, 3} - stage), (
+            f"{place} at {iteration}: {counts}"
+        )
+        assert len({counts[r] for r in stage}) == 1
+        assert 0 < counts[rank] <= bound.get(place, bound["else"]), (
+            f"{place} at {iteration}: {counts}"
+        )
+
+
+def test_capture_and_logging_change_nothing(runner: Runner, off: Run) -> None:
+    on = runner.run("on", iterations=ONE_EACH, flags=["--moetion"])
+    assert on.code == 0, on.tail()
+    assert on.recoveries == []
+    assert_same_bits(on, off, ONE_EACH)
+
+
+@pytest.mark.parametrize("policy", ["rolling", "tumbling"])
+def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
+    runner: Runner, off: Run, policy: str
+) -> None:
+    window, failures = 4, _everywhere()
+    flags = ["--moetion", "--moetion-window", str(window), "--moetion-window-policy", policy]
+    run = runner.run(policy, iterations=BOTH_STAGES, flags=[*flags, *kills(*failures)])
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, BOTH_STAGES)
+    # One more where the frame of the committed iteration was not sealed: that lag is one iteration.
+    unsealed = dict.fromkeys(("optimizer", "param-gather", "capture"), window)
+    rolling = {**unsealed, "else": window - 1}
+    _check_recoveries(run, failures, rolling if policy == "rolling" else {"else": 2 * window})
+
+
+def test_overlapped_communication_is_recovered_bit_for_bit(runner: Runner, off: Run) -> None:
+    failures = _alternating()
+    on = runner.run("overlap-on", iterations=20, variant="overlap", flags=["--moetion"])
+    assert on.code == 0, on.tail()
+    # Only the scheduling of communication differs from the run without the flags, not one bit.
+    assert_same_bits(on, off, 20)
+    run = runner.run(
+        "overlap-killed",
+        iterations=ONE_EACH,
+        variant="overlap",
+        flags=["--moetion", *kills(*failures)],
+    )
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, ONE_EACH)
+    _check_recoveries(run, failures, {"else": 4})
+
+
+def test_a_kill_in_iterations_one_and_two_is_recovered(runner: Runner, off: Run) -> None:
+    failures = [(3, 1, "backward:2"), (0, 2, "forward:3")]
+    run = runner.run("early", iterations=13, flags=["--moetion", *kills(*failures)])
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, 13)
+    assert [e["recovered"] for e in run.recoveries] == [[3], [0]]
+
+
+def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
+    runner: Runner, off: Run
+) -> None:
+    window = 2
+    failures = []
+    for distance in range(1, window + 3):
+        first = 3 + (distance - 1) * 2 * APART
+        failures += [
+            (3, first, "backward:1"),
+            ((2, 0)[distance % 2], first + distance, "forward:2"),
+        ]
+    last = failures[-1][1] + APART
+    flags = ["--moetion", "--moetion-window", str(window)]
+    run = runner.run("again", iterations=last, flags=[*flags, *kills(*failures)])
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, last)
+    assert [e["recovered"] for e in run.recoveries] == [[rank] for rank, *_ in failures]
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit"])
+def test_a_worker_that_raises_or_exits_is_replaced(runner: Runner, off: Run, kind: str) -> None:
+    fault = f"{kind}:global_rank=2,iteration=4,at=forward:2"
+    run = runner.run(kind, iterations=8, flags=["--moetion", "--moetion-fault", fault])
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, 8)
+    assert [e["recovered"] for e in run.recoveries] == [[2]]

@@ -1,0 +1,154 @@
+"""One of two gloo ranks; `test_regroup.py` and `test_abort.py` read what it prints.
+
+Usage: regroup_cases.py GLOBAL_RANK DIRECTORY. Prints one JSON object: {case: outcome}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore
+
+from megatron_moetion.recovery.failure import is_communication_error
+from megatron_moetion.recovery.regroup import GroupRecorder
+
+WORLD_SIZE = 2
+NO_STORE_PORT = -1
+
+
+class Holder:
+    """Refers to a group from an attribute, a container and a closure, as training programs do."""
+
+    def __init__(self, group: Any) -> None:
+        self.attribute = group
+        self.untracked = {"group": group}
+        self.by_key = {group: "members"}
+        self.mixed = {"first": group, "second": 2}
+        self.listed = [group, None]
+        self.several = {group}
+        self.closure = lambda: group
+
+    def groups(self) -> dict[str, Any]:
+        """Every reference, by how it is held."""
+        return {
+            "attribute": self.attribute,
+            "untracked dict": self.untracked["group"],
+            "dict key": next(iter(self.by_key)),
+            "dict value": self.mixed["first"],
+            "list": self.listed[0],
+            "set": next(iter(self.several)),
+            "cell": self.closure(),
+        }
+
+
+class Slotted:
+    """Refers to a group from a slot."""
+
+    __slots__ = ("group",)
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+
+class Rank:
+    """This process's groups over several epochs."""
+
+    def __init__(self, global_rank: int, directory: Path) -> None:
+        self.global_rank = global_rank
+        self.store = FileStore(str(directory / "store"), WORLD_SIZE)
+        self.recorder = GroupRecorder()
+        self.recorder.make(lambda: self.init_world(0))
+        self.pair, self.alone = self.new_group([0, 1]), self.new_group([0])
+        self.holder, self.slotted = Holder(self.pair), Slotted(self.pair)
+
+    def init_world(self, epoch: int) -> None:
+        dist.init_process_group(
+            "gloo",
+            store=PrefixStore(f"epoch/{epoch}", self.store),
+            rank=self.global_rank,
+            world_size=WORLD_SIZE,
+            timeout=timedelta(seconds=60),
+        )
+
+    def new_group(self, ranks: list[int]) -> Any:
+        group = self.recorder.make(lambda: dist.new_group(ranks))
+        self.recorder.record(group, ranks, {})
+        return group
+
+    def total(self, group: Any) -> float:
+        tensor = torch.tensor([self.global_rank + 1.0])
+        dist.all_reduce(tensor, group=group)
+        return float(tensor)
+
+    def abort_wakes(self, group: Any) -> str:
+        """Aborts while a thread of this rank waits in a receive that nobody answers."""
+        caught: list[BaseException] = []
+        waiting = threading.Event()
+
+        def receive() -> None:
+            work = dist.irecv(torch.zeros(1), src=1 - self.global_rank, group=group)
+            assert work is not None
+            waiting.set()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        waiting.wait()
+        if self.global_rank == 0:
+            # The other rank does nothing: it must be woken from here.
+            self.recorder.abort(group, NO_STORE_PORT)
+        thread.join(30)
+        if not caught:
+            return "still waiting" if thread.is_alive() else "returned"
+        return "woken" if is_communication_error(caught[0]) else f"unknown: {caught[0]}"
+
+    def regroup(self, epoch: int) -> dict[str, Any]:
+        """Destroys and makes everything again; says what each reference became."""
+        old = self.pair
+        names = [self.recorder.name(g) for g in (None, old, self.alone)]
+        swapped = self.recorder.rebuild(lambda: self.init_world(epoch))
+        new = self.recorder.current(old)
+        return {
+            "swapped": swapped > 0,
+            "new is old": new is old,
+            "names": names == [self.recorder.name(g) for g in (None, self.pair, self.alone)],
+            "old name": self.recorder.name(old) if old is not self.pair else "swapped",
+            "holders": {
+                k: g is new for k, g in {**self.holder.groups(), "self": self.pair}.items()
+            },
+            "slot": self.slotted.group is new,
+            "mixed order": list(self.holder.mixed),
+            "totals": [self.total(g) for g in (None, self.pair, *self.holder.groups().values())],
+            "members": [len(dist.get_process_group_ranks(g)) for g in self.recorder.live()],
+        }
+
+
+def main(global_rank: int, directory: Path) -> dict[str, Any]:
+    """Plays all cases in order; both ranks do the same."""
+    rank = Rank(global_rank, directory)
+    before = [rank.total(None), rank.total(rank.pair)]
+    wakes = [rank.abort_wakes(rank.pair)]
+    first = rank.regroup(1)
+    wakes.append(rank.abort_wakes(rank.pair))
+    second = rank.regroup(2)
+    return {"before": before, "wakes": wakes, "first": first, "second": second}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main(int(sys.argv[1]), Path(sys.argv[2]))))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise

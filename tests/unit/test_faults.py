@@ -1,0 +1,82 @@
+"""Fault scripts: what they mean, what is refused, and that each fires once, at its place."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_moetion.faults import KINDS, PLACES, Fault, InjectedFault, Injector, parse
+
+
+def test_a_script_is_several_faults_joined_by_semicolons() -> None:
+    script = "kill:global_rank=3,iteration=7,at=backward:1; exit:at=end,iteration=2,global_rank=0;"
+    assert parse(script) == (Fault("kill", 3, 7, "backward", 1), Fault("exit", 0, 2, "end", None))
+    assert parse("") == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+def test_every_kind_goes_with_every_place(kind: str, place: str) -> None:
+    count = ":0" if place in ("forward", "backward") else ""
+    (fault,) = parse(f"{kind}:global_rank=1,iteration=1,at={place}{count}")
+    assert (fault.kind, fault.place) == (kind, place)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("boom:global_rank=3,iteration=7,at=end", "kind 'boom' is none of kill, raise, exit"),
+        ("kill:iteration=7,at=end", "lacks global_rank; write e.g."),
+        ("kill:global_rank=,iteration=7,at=end", "lacks global_rank"),
+        ("kill:global_rank=1,iteration=7", "lacks at"),
+        ("kill:global_rank=1,iteration=7,at=lunch", "place 'lunch' is none of start"),
+        ("kill:global_rank=1,iteration=7,at=forward", "take a microbatch, and need one"),
+        ("kill:global_rank=1,iteration=7,at=end:1", "take a microbatch, and need one"),
+        ("kill:global_rank=x,iteration=7,at=end", "are integers"),
+        ("kill:global_rank=1,iteration=0,at=end", "iteration >= 1"),
+        ("kill:global_rank=-1,iteration=1,at=end", "global_rank >= 0"),
+        ("kill:global_rank=1,iteration=1,at=end,when=now", "has unknown when"),
+        ("kill", "lacks global_rank, iteration, at"),
+    ],
+)
+def test_a_bad_script_is_refused_in_one_line_that_says_why(script: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")) as caught:
+        parse(script)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_fires_once_and_only_on_its_rank_iteration_place_and_microbatch() -> None:
+    script = parse("raise:global_rank=1,iteration=2,at=forward:1")
+    fired: list[int] = []
+    mine = Injector(script, 1, (), lambda index, fault: fired.append(index))
+    other = Injector(script, 0, (), lambda index, fault: fired.append(index))
+    other.reach("forward", 2, 1)
+    for place, iteration, microbatch in [("forward", 1, 1), ("forward", 2, 0), ("backward", 2, 1)]:
+        mine.reach(place, iteration, microbatch)
+    assert fired == []
+    with pytest.raises(InjectedFault, match="global_rank=1, iteration=2"):
+        mine.reach("forward", 2, 1)
+    mine.reach("forward", 2, 1)
+    assert fired == [0]
+
+
+def test_a_replacement_does_not_fire_what_has_fired_but_the_rest_of_the_script() -> None:
+    script = parse("raise:global_rank=1,iteration=2,at=end;raise:global_rank=1,iteration=3,at=end")
+    replacement = Injector(script, 1, [0], lambda index, fault: None)
+    replacement.reach("end", 2)
+    with pytest.raises(InjectedFault):
+        replacement.reach("end", 3)
+
+
+@pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("exit", 3)])
+def test_a_process_ends_at_once_and_the_report_comes_first(kind: str, code: int) -> None:
+    program = (
+        "from megatron_moetion.faults import *\n"
+        f"script = parse('{kind}:global_rank=0,iteration=1,at=end')\n"
+        "Injector(script, 0, (), lambda i, f: print('fired', i, flush=True)).reach('end', 1)\n"
+        "print('still here')"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (code, "fired 0\n"), done.stderr
