@@ -26,8 +26,10 @@ sys.path.insert(0, str(ROOT / "launch" / "demo"))
 from model_args import model_args  # noqa: E402  (the demo's folder is no package)
 
 LIMIT_BYTES = 60 << 20
-PLATFORMS = ("manylinux2014_x86_64", "manylinux1_x86_64") + tuple(
-    f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)
+PLATFORMS = (
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+    *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)),
 )
 """pip takes a wheel's platform tag literally, so each one that a wheel may carry is named."""
 THERE = ("torch", "numpy")

@@ -191,6 +191,8 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=ROOT / ".moetion" / "gpu")
     parser.add_argument("--results", type=Path, help="write a JSON and a markdown file there")
     options = parser.parse_args()
+    if options.platform == "cpu" and options.results is not None:
+        parser.error("--results holds what a GPU showed: drop it, or --platform cpu")
     if options.platform == "shared-gpu" and (missing := missing_gpu()):
         print(f"identity: {missing}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -139,7 +140,9 @@ class MegatronHost:
         clocks = {
             n: (t._elapsed, t._active_time, t._started, t._start_time) for n, t in timers.items()
         }
-        return {**self.start_state(), "timers": clocks}
+        # The metrics are live tensors that a replay adds to.
+        state = {k: v for k, v in self.start_state().items() if k != "loop"}
+        return {**copy.deepcopy(state), "timers": clocks}
 
     def load_live_state(self, state: State) -> None:
         self.load_start_state(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,9 +109,15 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
                 (Direction.BACKWARD, kwargs["recv_next"]),
             )
         ]
-        names = ("send_next", "recv_prev", "send_prev", "recv_next")
-        waits = kwargs.get("wait_on_reqs", True)
-        return received[0], received[1], None if waits else {name: _Arrived() for name in names}
+        # The host asks for a handle of just those transfers that it ordered.
+        ordered = {
+            "send_next": kwargs["tensor_send_next"] is not None,
+            "recv_prev": kwargs["recv_prev"],
+            "send_prev": kwargs["tensor_send_prev"] is not None,
+            "recv_next": kwargs["recv_next"],
+        }
+        handles = {name: _Arrived() for name, wanted in ordered.items() if wanted}
+        return received[0], received[1], None if kwargs.get("wait_on_reqs", True) else handles
     boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
     boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
     return host(self, **kwargs)
@@ -372,9 +379,11 @@ def open_job(config: Config, args: Any) -> None:
 def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     # The interpreter's own shutdown waits for process groups whose peers wait for this process to
     # end.
-    sys.__excepthook__(kind, error, trace)
+    # Not sys.stderr: torch puts a buffer there while it asks older hooks, and prints it afterwards.
+    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+    rank = os.environ.get("RANK", "?")
+    os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1)
 
 

@@ -1,32 +1,30 @@
 """Off == on == killed and recovered on one GPU, by real training runs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multirank]
 TRAIN_ITERS = 16
 
 
 @pytest.fixture(scope="session")
-def outcomes() -> Iterator[list[Any]]:
+def outcomes(script: Callable[[str], Any]) -> Iterator[list[Any]]:
     """Collects what was shown; written down at the end when $MOETION_RESULTS names a folder."""
     collected: list[Any] = []
     yield collected
     if collected and (folder := os.environ.get("MOETION_RESULTS")):
-        print(*load("results").write(collected, Path(folder)), sep="\n")
+        print(*script("results").write(collected, Path(folder)), sep="\n")
 
 
 class Runs:
     """The runs without a failure of each variant, trained once."""
 
-    def __init__(self, directory: Path) -> None:
-        self.identity = load("identity")
-        self.directory = directory
+    def __init__(self, identity: Any, directory: Path) -> None:
+        self.identity, self.directory = identity, directory
         self.corpus = self.identity.make_corpus(directory)
         self._undisturbed: dict[str, tuple[Any, Any]] = {}
 
@@ -43,8 +41,8 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("gpu"))
+def runs(gpu: None, script: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(script("identity"), tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.mark.parametrize(
