@@ -7,6 +7,7 @@ plan.
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -35,7 +36,8 @@ from megatron_moetion.recovery.plan import (
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild
 from megatron_moetion.schedule import FramePlan, Schedule
-from megatron_moetion.snapshot.frame import copy_in, layout, sources, to_meta
+from megatron_moetion.snapshot.copier import Ticket, copier_for
+from megatron_moetion.snapshot.frame import layout, sources, to_meta
 from megatron_moetion.topology import Topology
 
 
@@ -61,6 +63,8 @@ class Session:
         self.boundaries = BoundaryTap(self.cursor, self.log, topology)
         self.batches = BatchTap(self.cursor, self.log)
         self.frames = Frames(host, job.vault, job.global_rank)
+        self.copier = copier_for(host.device, self._seal_failed)
+        self._frame: Ticket | None = None
         self._operators = {o.name: o for o in host.operators}
         self._lock = threading.RLock()
         self._position = Position()
@@ -167,6 +171,9 @@ class Session:
         if self.cursor.mode is Mode.OFF:
             return run()
         self.collectives.world_passed = False
+        if self._frame is not None:
+            # The step overwrites what may still be on its way to the host.
+            self._frame.wait_on_device()
         result = run()
         iteration = self.cursor.iteration
         if self.cursor.mode is Mode.REPLAY:
@@ -205,13 +212,27 @@ class Session:
         """Captures and seals this rank's frame of an iteration."""
         entries = list(sources(plan, self._operators, self.host.buffers()))
         pieces, nbytes = layout(entries)
-        key = str(FrameKey(iteration))
-        data = self.job.vault.reserve(key, nbytes)
+        key, vault = str(FrameKey(iteration)), self.job.vault
+        if self._frame is not None:
+            # At most one frame is unsealed: replay may lag by one, and the logs are kept for that.
+            self._frame.wait()
+        data = vault.reserve(key, nbytes)
         half = len(entries) // 2
-        copy_in(entries[:half], pieces[:half], data)
+        self.copier.copy(entries[:half], pieces[:half], data)
         self.reached("capture")
-        copy_in(entries[half:], pieces[half:], data)
-        self.job.vault.seal(key, to_meta(iteration, plan, pieces))
+        self._frame = self.copier.copy(entries[half:], pieces[half:], data)
+        meta = to_meta(iteration, plan, pieces)
+        self.copier.seal(
+            self._frame, key, lambda: vault.seal(key, meta), lambda: vault.abandon(key)
+        )
+        if self.cursor.mode is not Mode.LIVE:
+            # The starting state, or a replay that is about to overwrite the sources.
+            self._frame.wait()
+
+    def _seal_failed(self, key: str, error: Exception) -> None:
+        self.job.events.emit("seal-failed", key=key, error=str(error))
+        text = f"moetion: {key} of global rank {self.job.global_rank} is not sealed: {error}"
+        print(text, file=sys.stderr, flush=True)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""
@@ -297,6 +318,8 @@ class Session:
             epoch = self.job.notices.failure(error, self._handled)
             try:
                 self.job.notices.wait("abort", epoch)
+                # What was captured counts for the plan, and its sources are about to be rebuilt.
+                self.copier.drain()
                 self.job.send("quiesced", epoch=epoch)
                 self._carry_out(self.job.receive_facts(epoch))
                 return

@@ -140,6 +140,9 @@ def install_rehearsal() -> None:
     """Makes the CPU stand in for CUDA where that is wanted; before the host is imported, once."""
     rehearsal = importlib.import_module("megatron_moetion.rehearsal")
     try:
+        if rehearsal.shares_gpu():
+            rehearsal.install(rehearsal.SHARED_GPU)
+            return
         if not rehearsal.wanted():
             return
     except ValueError as error:

@@ -61,9 +61,7 @@ def demo(
     prefix = corpus(console, directory)
     script, words = training_command(prefix, train_iters)
     record = ("--moetion-digest-interval", "1", "--moetion-dir")
-    console.print(
-        f"training {script}, {WORLD_SIZE} processes: PP{PP_SIZE} x EP{EP_SIZE}, 8 experts"
-    )
+    console.print(f"training {shown(script)}: PP{PP_SIZE} x EP{EP_SIZE} on {WORLD_SIZE} processes")
     plain = moetion_run(WORLD_SIZE, "--spares", "0", script, *words, *record, str(run_a))
     train(console, "run A, unprotected, no failure", plain, run_a, train_iters)
     protected = [script, *words, *record, str(run_b), "--moetion", "--moetion-fault", spec]
@@ -100,6 +98,12 @@ def training_command(prefix: Path, train_iters: int) -> tuple[str, list[str]]:
     return str(script), words
 
 
+def shown(script: str) -> str:
+    """A path as a reader would type it."""
+    path = Path(script)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def corpus(console: Console, directory: Path) -> Path:
     """Prefix of the data set of this interpreter's own library; made once."""
     prefix = directory / "corpus" / f"stdlib-{platform.python_version()}"
@@ -109,7 +113,6 @@ def corpus(console: Console, directory: Path) -> Path:
         done = subprocess.run(builder, capture_output=True, text=True)
         if done.returncode:
             raise RunFailed(f"{done.stdout}{done.stderr}making the data set failed")
-        console.print(f"  {done.stdout.strip()}", soft_wrap=True)
     return prefix
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import types
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +23,8 @@ group.
 """
 
 
-_NEVER_HOLD = frozenset({
-    tuple, type, property, staticmethod, classmethod, weakref.ref, types.FrameType, types.FunctionType,
-    types.BuiltinFunctionType, types.GenericAlias, types.ModuleType, types.UnionType,
-    types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType,
-    types.ClassMethodDescriptorType, types.MethodWrapperType, types.WrapperDescriptorType,
-})  # fmt: skip
-"""Half of the heap, and never a holder whose reference could be swapped."""
+_HAS_INSTANCE_DICT = 1 << 4
+"""Py_TPFLAGS_MANAGED_DICT: instances of ordinary Python classes."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +148,30 @@ def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] =
         under way, whose groups are translated when used (`GroupRecorder.current`).
     """
     own = {id(pairs), id(keep)} | {id(p) for p in pairs.values()} | {id(k) for k in keep}
-    swapped = 0
+    # One pass in C for all groups; a pass for each, or a loop in Python, takes seconds.
+    holders = gc.get_referrers(*(old for old, _ in pairs.values()))
+    holders += _untracked_holders(pairs.keys())
+    return sum(_swap_in(holder, pairs) for holder in holders if id(holder) not in own)
+
+
+def _untracked_holders(wanted: Set[int]) -> list[dict[Any, Any]]:
+    """Dicts that the collector does not list: it tracks none without trackable values, and groups
+    are no such.
+
+    They hang off instances, dicts and lists, which it does list.
+    """
+    found: dict[int, dict[Any, Any]] = {}
     for holder in gc.get_objects():
-        if type(holder) in _NEVER_HOLD or id(holder) in own:
+        kind = type(holder)
+        if kind is not dict and kind is not list and not kind.__flags__ & _HAS_INSTANCE_DICT:
             continue
         referents = gc.get_referents(holder)
-        if not pairs.keys().isdisjoint(map(id, referents)):
-            swapped += _swap_in(holder, pairs)
         if dict in map(type, referents):
-            swapped += sum(_swap_in(d, pairs) for d in _untracked(referents) if id(d) not in own)
-    return swapped
-
-
-def _untracked(referents: Sequence[Any]) -> list[dict[Any, Any]]:
-    """The collector does not list dicts without trackable values, and groups are no such values."""
-    return [r for r in referents if type(r) is dict and not gc.is_tracked(r)]
+            for each in referents:
+                if type(each) is dict and not gc.is_tracked(each):
+                    if not wanted.isdisjoint(map(id, each.values())):
+                        found[id(each)] = each
+    return list(found.values())
 
 
 def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:

@@ -10,6 +10,7 @@ its pipeline schedule run as they are. Each module stands in for one family of c
 ``rng``            the device's generator is the CPU's
 ``device_strings`` ``"cuda"`` as a device name, and tensor methods that move to a device
 ``collectives``    gloo where NCCL was asked for
+``host_staging``   what gloo cannot read on a GPU, where ranks share one
 ``compilation``    eager execution where kernels would be compiled
 =================  ==============================================================================
 
@@ -24,6 +25,7 @@ from megatron_moetion.rehearsal import (
     compilation,
     device_strings,
     devices,
+    host_staging,
     rng,
     streams,
 )
@@ -40,7 +42,11 @@ CPU: tuple[Callable[[], None], ...] = (
 )
 """Everything a process without a GPU needs."""
 
-SHARED_GPU: tuple[Callable[[], None], ...] = (devices.share_one, collectives.install)
+SHARED_GPU: tuple[Callable[[], None], ...] = (
+    devices.share_one,
+    collectives.install,
+    host_staging.install,
+)
 """Several ranks on one real GPU, which NCCL refuses: gloo, and every rank on device 0."""
 
 _installed: set[Callable[[], None]] = set()
@@ -49,19 +55,35 @@ _installed: set[Callable[[], None]] = set()
 def wanted() -> bool:
     """Whether this process is to rehearse.
 
-    ``MOETION_PLATFORM`` decides when set (``cpu`` or ``cuda``); otherwise a machine without a
-    visible GPU rehearses. The GPUs are counted without initialising CUDA.
+    ``MOETION_PLATFORM`` decides when set (``cpu``, ``cuda`` or ``shared-gpu``); otherwise a machine
+    without a visible GPU rehearses. The GPUs are counted without initialising CUDA.
 
     Raises:
         ValueError: ``MOETION_PLATFORM`` holds something else.
     """
-    platform = os.environ.get(PLATFORM_VARIABLE, "")
-    if platform not in ("", "cpu", "cuda"):
-        raise ValueError(f"{PLATFORM_VARIABLE}={platform!r}: set it to cpu or cuda, or unset it")
+    platform = _platform()
     if platform:
         return platform == "cpu"
     # Once installed, the count below would answer for the stand-in.
     return devices.install in _installed or devices.visible_gpus() == 0
+
+
+def shares_gpu() -> bool:
+    """Whether all local ranks are to share one real GPU (``MOETION_PLATFORM=shared-gpu``).
+
+    Raises:
+        ValueError: ``MOETION_PLATFORM`` holds something unknown.
+    """
+    return _platform() == "shared-gpu"
+
+
+def _platform() -> str:
+    platform = os.environ.get(PLATFORM_VARIABLE, "")
+    if platform not in ("", "cpu", "cuda", "shared-gpu"):
+        raise ValueError(
+            f"{PLATFORM_VARIABLE}={platform!r}: set it to cpu, cuda or shared-gpu, or unset it"
+        )
+    return platform
 
 
 def install(stand_ins: Sequence[Callable[[], None]] = CPU) -> None:
@@ -80,8 +102,12 @@ def install(stand_ins: Sequence[Callable[[], None]] = CPU) -> None:
         _installed.add(stand_in)
     if missing and os.environ.get("RANK", "0") == "0":
         names = ", ".join(stand_in.__module__.rpartition(".")[2] for stand_in in missing)
+        if stand_ins is SHARED_GPU:
+            what, whom = "all ranks share GPU 0 and talk over gloo", "training on one GPU per rank"
+        else:
+            what, whom = "rehearsal, not a GPU run", "a GPU"
         print(
-            f"moetion: rehearsal, not a GPU run (stood in for: {names}); "
-            "no time or memory figure of this run says anything about a GPU",
+            f"moetion: {what} (stood in for: {names}); "
+            f"no time or memory figure of this run says anything about {whom}",
             flush=True,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +23,8 @@ class Source:
 
     name: str
     module: str
-    text: str
-    tree: ast.Module
+    text: str = field(repr=False)
+    tree: ast.Module = field(repr=False)
 
     def imports(self) -> Iterator[tuple[str, int]]:
         """(absolute module name, line) of every import, also inside functions."""

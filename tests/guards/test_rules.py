@@ -27,9 +27,9 @@ BROAD_EXCEPTS = {
     # Clean-up, then the same error again.
     ("megatron_moetion/interception.py", "apply"): "rows applied so far are put back",
     # Ends the process: going on without notices would be a hang.
-    ("megatron_moetion/agent/link.py", "_read"): "the listener must not die alone",
+    ("megatron_moetion/agent/link.py", "_listen"): "the listener must not die alone",
     # A failing snapshot never raises into training; it is counted and reported.
-    ("megatron_moetion/snapshot/copier.py", "_seal"): "an unsealed frame is reported, not used",
+    ("megatron_moetion/snapshot/copier.py", "_finish"): "an unsealed frame is reported, not used",
 }
 
 

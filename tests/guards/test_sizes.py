@@ -1,4 +1,4 @@
-"""Sizes are reported, not enforced: past them, ask what second thing a module does (style rule 3)."""
+"""Sizes are reported, not enforced: past them, ask what second thing a module does."""
 
 from __future__ import annotations
 

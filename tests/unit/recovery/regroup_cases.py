@@ -6,6 +6,7 @@ Usage: regroup_cases.py GLOBAL_RANK DIRECTORY. Prints one JSON object: {case: ou
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import traceback
@@ -62,7 +63,7 @@ class Rank:
     """This process's groups over several epochs."""
 
     def __init__(self, global_rank: int, directory: Path) -> None:
-        self.global_rank = global_rank
+        self.global_rank, self.epoch = global_rank, 0
         self.store = FileStore(str(directory / "store"), WORLD_SIZE)
         self.recorder = GroupRecorder()
         self.recorder.make(lambda: self.init_world(0))
@@ -91,22 +92,23 @@ class Rank:
     def abort_wakes(self, group: Any) -> str:
         """Aborts while a thread of this rank waits in a receive that nobody answers."""
         caught: list[BaseException] = []
-        waiting = threading.Event()
+        posted = f"posted/{self.recorder.name(group)}/{self.epoch}"
 
         def receive() -> None:
-            work = dist.irecv(torch.zeros(1), src=1 - self.global_rank, group=group)
-            assert work is not None
-            waiting.set()
             try:
+                work = dist.irecv(torch.zeros(1), src=1 - self.global_rank, group=group)
+                assert work is not None
+                self.store.add(posted, 1)
                 work.wait()
             except RuntimeError as error:
                 caught.append(error)
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
-        waiting.wait()
         if self.global_rank == 0:
-            # The other rank does nothing: it must be woken from here.
+            # The other rank does nothing: it must be woken from here, once it waits.
+            while self.store.add(posted, 0) < WORLD_SIZE:
+                os.sched_yield()
             self.recorder.abort(group, NO_STORE_PORT)
         thread.join(30)
         if not caught:
@@ -115,7 +117,7 @@ class Rank:
 
     def regroup(self, epoch: int) -> dict[str, Any]:
         """Destroys and makes everything again; says what each reference became."""
-        old = self.pair
+        old, self.epoch = self.pair, epoch
         names = [self.recorder.name(g) for g in (None, old, self.alone)]
         swapped = self.recorder.rebuild(lambda: self.init_world(epoch))
         new = self.recorder.current(old)
