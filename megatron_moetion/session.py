@@ -409,7 +409,9 @@ class Session:
         )
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
-        self._run_on = needs_result(self._position, plan.committed)
+        dead = self.job.global_rank in plan.dead
+        run_on = needs_result(self._position, plan.committed, dead)
+        self._run_on = run_on
         capture = lambda i: self.capture(i, self.schedule.frame(i))  # noqa: E731
         self._rebuild = Rebuild(stage, self.host, self.frames, self.log, capture)
         before = replace(self.cursor)
@@ -420,13 +422,13 @@ class Session:
             self.job.events.emit("restored", epoch=plan.epoch, base=stage.base)
             for iteration in stage.replay:
                 self._replay(iteration)
-            if not self._run_on:
+            if not run_on:
                 self._end_replay()
         finally:
             self._rebuild = None
-            if not self._run_on:
+            if not run_on:
                 self.cursor.__dict__.update(before.__dict__)
-        if not self._run_on:
+        if not run_on:
             self._joined(plan, len(stage.replay))
 
     def _replay(self, iteration: int) -> None:

@@ -137,13 +137,17 @@ class NothingToRebuildFrom(RuntimeError):
     """No sealed, complete base of a failed stage is left."""
 
 
-def needs_result(position: Position, committed: int) -> bool:
-    """Whether a rank of a failed stage must run the committed iteration again for its result."""
-    return (
-        committed > 0
-        and position.iteration == committed
-        and position.progress is not Progress.RETURNED
-    )
+def needs_result(position: Position, committed: int, dead: bool) -> bool:
+    """Whether a rank of a failed stage must run the committed iteration again to have what it
+    returns.
+
+    A survivor past its optimizer step is paused inside that iteration and will return from it by
+    itself.
+    """
+    if committed == 0 or position.iteration != committed:
+        return False
+    done = Progress.RETURNED if dead else Progress.AFTER_STEP
+    return position.progress.order < done.order
 
 
 def dense_from(frames: Sequence[FrameInfo], base: int, last: int) -> int | None:
@@ -172,27 +176,42 @@ def bases(frames: Sequence[FrameInfo], last: int) -> dict[int, int]:
     return {base: dense_at for base, dense_at in dense.items() if dense_at is not None}
 
 
-def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
-    ranks = topology.stage(pp_rank)
-    rerun = any(needs_result(facts.positions[r], facts.committed) for r in ranks)
-    last = facts.committed - 1 if rerun else facts.committed
-    candidates: dict[int, int] | None = None
+def _candidates(facts: Facts, ranks: Sequence[int], last: int) -> dict[int, int]:
+    """Bases that all ranks of a stage share, with the iteration at which the stage becomes dense."""
+    shared: dict[int, int] | None = None
     for rank in ranks:
         mine = bases(facts.frames.get(rank, ()), last)
-        candidates = (
-            mine
-            if candidates is None
-            else {b: max(candidates[b], mine[b]) for b in candidates.keys() & mine.keys()}
-        )
+        if shared is None:
+            shared = mine
+        else:
+            shared = {b: max(shared[b], mine[b]) for b in shared.keys() & mine.keys()}
+    return shared or {}
+
+
+def _must_replay(facts: Facts, ranks: Sequence[int]) -> bool:
+    """Whether the committed iteration itself has to run again on this stage."""
+    dead = set(facts.dead)
+    return any(needs_result(facts.positions[r], facts.committed, r in dead) for r in ranks)
+
+
+def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
+    ranks = topology.stage(pp_rank)
+    last = facts.committed - 1 if _must_replay(facts, ranks) else facts.committed
+    candidates = _candidates(facts, ranks, last)
+    logging = any(facts.positions[r].iteration == facts.committed for r in facts.dead if r in ranks)
+    if max(candidates, default=-1) == facts.committed and logging:
+        # A replacement that is about to log needs one iteration to learn what is logged.
+        candidates = _candidates(facts, ranks, facts.committed - 1) or candidates
     if not candidates:
         held = {r: [f.iteration for f in facts.frames.get(r, ())] for r in ranks}
         raise NothingToRebuildFrom(
             f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of "
-            f"frames is left (sealed frames by rank: {held}); "
-            "restart from a Megatron checkpoint with --load"
+            f"frames is left (sealed frames by rank: {held}); restart from a Megatron checkpoint "
+            "with --load"
         )
     base = max(candidates)
-    return StagePlan(pp_rank, base, candidates[base], tuple(range(base + 1, facts.committed + 1)))
+    replay = tuple(range(base + 1, facts.committed + 1))
+    return StagePlan(pp_rank, base, candidates[base], replay)
 
 
 def make_plan(facts: Facts, topology: Topology) -> Plan:

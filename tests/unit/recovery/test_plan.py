@@ -60,7 +60,10 @@ class Scene:
     def last(self) -> int:
         """The newest frame that every rank of the stage can stand on."""
         ranks = range(len(self.schedules))
-        rerun = any(needs_result(self.facts.positions[r], self.facts.committed) for r in ranks)
+        rerun = any(
+            needs_result(self.facts.positions[r], self.facts.committed, r in self.facts.dead)
+            for r in ranks
+        )
         return self.facts.committed - 1 if rerun else self.facts.committed
 
 
