@@ -79,9 +79,6 @@ class Session:
         self._result: tuple[Any] | None = None
         job.hooks.append(self._on_notice)
 
-    # -- position
-    # -------------------------------------------------------------------------------------------
-
     @property
     def position(self) -> Position:
         return self._position
@@ -110,9 +107,6 @@ class Session:
             gather = place == "param-gather"
             iteration = self._position.committed if gather else self._position.iteration
             self.job.injector.reach(place, iteration, microbatch)
-
-    # -- one training step
-    # ----------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> None:
         """Start of an iteration, first time or again after an abort."""
@@ -162,9 +156,6 @@ class Session:
     def logged(self, iteration: int) -> None:
         """The log line of an iteration has been written."""
         self._move(replace(self._position, logged=iteration))
-
-    # -- the optimizer step and the commit point
-    # ----------------------------------------------------------------
 
     def optimizer_step(self, run: Callable[[], Any]) -> Any:
         """Stands around the outermost optimizer's step."""
@@ -241,9 +232,6 @@ class Session:
         self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
         self._move(Position(iteration + 1, Progress.BEFORE_COMMIT, iteration, iteration))
 
-    # -- notices (listener thread)
-    # ------------------------------------------------------------------------------
-
     def _on_notice(self, notice: Notice) -> None:
         op = notice["op"]
         if op == "freeze":
@@ -280,9 +268,6 @@ class Session:
             if which(tuple(dist.get_process_group_ranks(group))):
                 self.job.groups.abort(group, self.job.store_port)
 
-    # -- a peer is lost (training thread)
-    # -----------------------------------------------------------------------
-
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
         epoch = self.job.notices.failure(error, self._handled)
@@ -304,7 +289,7 @@ class Session:
         self.cursor.refeed = self.cursor.iteration
 
     def _give_up(self, error: Exception) -> None:
-        """The iteration is unwound: recover; afterwards it is run again, or its result is at hand."""
+        """The iteration is unwound: recover; then it is run again, or its result is at hand."""
         if not is_communication_error(error):
             raise error
         self.job.notices.failure(error, self._handled)

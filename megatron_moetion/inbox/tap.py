@@ -69,7 +69,7 @@ class Gate(Protocol):
     """What a tap asks of the session when a peer is lost."""
 
     def await_commit(self, error: Exception) -> None:
-        """Returns when others passed this iteration's commit point; raises Interrupted otherwise."""
+        """Returns when others passed this iteration's commit point, else raises Interrupted."""
 
     def pause(self, error: Exception) -> None:
         """Recovers in place; returns when the job goes on."""
@@ -166,8 +166,8 @@ class CollectiveTap:
                 return None
             if self._cursor.mode is Mode.REPLAY:
                 raise MissingFromInbox(
-                    f"replay of iteration {key.iteration} met {name} number {key.ordinal} on group {label} "
-                    f"{list(members)}, which nobody logged"
+                    f"replay of iteration {key.iteration} met {name} number {key.ordinal} on "
+                    f"group {label} {list(members)}, which nobody logged"
                 )
         if not self._cursor.small_talk:
             self._gate.reached("norm")

@@ -177,7 +177,7 @@ def bases(frames: Sequence[FrameInfo], last: int) -> dict[int, int]:
 
 
 def _candidates(facts: Facts, ranks: Sequence[int], last: int) -> dict[int, int]:
-    """Bases that all ranks of a stage share, with the iteration at which the stage becomes dense."""
+    """Bases that all ranks of a stage share, each with where the stage becomes dense."""
     shared: dict[int, int] | None = None
     for rank in ranks:
         mine = bases(facts.frames.get(rank, ()), last)

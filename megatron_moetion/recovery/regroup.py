@@ -166,11 +166,10 @@ def _untracked_holders(wanted: Set[int]) -> list[dict[Any, Any]]:
         if kind is not dict and kind is not list and not kind.__flags__ & _HAS_INSTANCE_DICT:
             continue
         referents = gc.get_referents(holder)
-        if dict in map(type, referents):
-            for each in referents:
-                if type(each) is dict and not gc.is_tracked(each):
-                    if not wanted.isdisjoint(map(id, each.values())):
-                        found[id(each)] = each
+        if dict not in map(type, referents):
+            continue
+        dicts = [r for r in referents if type(r) is dict and not gc.is_tracked(r)]
+        found |= {id(d): d for d in dicts if not wanted.isdisjoint(map(id, d.values()))}
     return list(found.values())
 
 

@@ -28,8 +28,8 @@ def activate(args: Namespace, config: Config) -> None:
     outside = [f for f in faults.parse(config.fault) if f.global_rank >= args.world_size]
     if outside:
         activation.refuse(
-            f"--moetion-fault names global_rank {outside[0].global_rank}, but the job has ranks 0 to "
-            f"{args.world_size - 1}"
+            f"--moetion-fault names global_rank {outside[0].global_rank}, but the job has ranks "
+            f"0 to {args.world_size - 1}"
         )
     training.open_job(config, args)
     if training.job().replacement:

@@ -20,10 +20,26 @@ from megatron_moetion.operators import Operator, ParamState
 
 from .operators_host import canonical_buffers, find_operators, inner_optimizers
 
-_COUNTERS = ("iteration", "curr_iteration", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples",
-             "do_train", "do_valid", "do_test")  # fmt: skip
-_RERUN = ("current_iteration", "first_iteration_complete", "rerun_requested", "checkpoint_requested",
-          "restart_again_requested", "continue_requested", "large_value_counts", "max_values")  # fmt: skip
+_COUNTERS = (
+    "iteration",
+    "curr_iteration",
+    "consumed_train_samples",
+    "skipped_train_samples",
+    "consumed_valid_samples",
+    "do_train",
+    "do_valid",
+    "do_test",
+)
+_RERUN = (
+    "current_iteration",
+    "first_iteration_complete",
+    "rerun_requested",
+    "checkpoint_requested",
+    "restart_again_requested",
+    "continue_requested",
+    "large_value_counts",
+    "max_values",
+)
 _NORM_GROUPS = "_has_grad_norm_group_cache"
 _SCALARS = (bool, int, float, str, tuple, torch.Tensor, type(None))
 
@@ -71,9 +87,6 @@ class MegatronHost:
         self._running: frozenset[str] = frozenset()
         self._frozen: list[ParamState] = []
         self._sync_funcs: tuple[Any, Any] = (None, None)
-
-    # -- state
-    # -------------------------------------------------------------------------------------------------
 
     def buffers(self) -> Mapping[str, torch.Tensor]:
         return canonical_buffers(self.model)
@@ -150,8 +163,6 @@ class MegatronHost:
             timer = get_timers()._timers[name]
             timer._elapsed, timer._active_time, timer._started, timer._start_time = clock
 
-    # -- running ------------------------------------------------------------------------------------------------
-
     def run_step(self, iteration: int) -> Any:
         assert self.call is not None
         self._stop_timers()
@@ -182,8 +193,6 @@ class MegatronHost:
     def _bucket_groups(self) -> list[Any]:
         return [g for c in self.model for g in c.bucket_groups + c.expert_parallel_bucket_groups]
 
-    # -- replay -------------------------------------------------------------------------------------------------
-
     @property
     def hooked(self) -> bool:
         """Whether parameters are gathered by forward hooks at present."""
@@ -199,7 +208,7 @@ class MegatronHost:
             )
 
     def use_param_sync_func(self) -> None:
-        """What the host's loop does after its first iteration, for a replacement that enters later."""
+        """What the host's loop does after its first iteration; a replacement enters later."""
         args = get_args()
         if args.overlap_param_gather and args.align_param_gather:
             functions = [chunk.start_param_sync for chunk in self.model]
@@ -234,7 +243,7 @@ class MegatronHost:
         self._config.grad_sync_func, self._config.param_sync_func = self._sync_funcs
         self.set_hooked(self._hooked)
         for group in self._bucket_groups():
-            # A replacement does not know in which order gradients become ready; all peers learn it anew.
+            # A replacement does not know in which order gradients become ready: all learn it anew.
             group.is_first_batch = True
             group.golden_per_param_grad_ready_counts = {}
             group.per_param_grad_ready_counts = {}

@@ -39,10 +39,6 @@ def job() -> Job:
     return JOB
 
 
-# -- process groups
-# -------------------------------------------------------------------------------------------
-
-
 def init_process_group(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Notes how the world is made; a replacement starts alone, on torch's fake group."""
     this = job()
@@ -81,10 +77,6 @@ def collective(name: str) -> Callable[..., Any]:
         return SESSION.collectives.call(name, host, *args, **kwargs)
 
     return handler
-
-
-# -- pipeline and data
-# ----------------------------------------------------------------------------------------
 
 
 class _Arrived:
@@ -156,10 +148,6 @@ def passed(place: str) -> Callable[..., Any]:
     return handler
 
 
-# -- optimizer
-# ------------------------------------------------------------------------------------------------
-
-
 def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
     """The step of the outermost optimizer."""
     if SESSION is None or self is not getattr(SESSION.host, "optimizer", None):
@@ -177,10 +165,6 @@ def step_with_ready_grads(host: Callable[..., Any], self: Any) -> Any:
     if self is chained[-1]:
         SESSION.reached("optimizer")
     return host(self)
-
-
-# -- the training loop
-# ----------------------------------------------------------------------------------------
 
 
 def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +244,7 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _skip_batches(host_view: MegatronHost, iteration: int) -> None:
-    """The committed iteration is replayed from the log: its batches leave the data iterator unused."""
+    """The committed iteration is replayed from the log: the data iterator moves past it."""
     this = job()
     for chunk, iterator in enumerate(host_view.data_iterators):
         microbatch = 0
@@ -282,9 +266,8 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
     plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
-        print(
-            f"moetion: stage {where.pp_rank}, global rank {this.global_rank} owns\n{table(host_view.operators)}"
-        )
+        owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
+        print(f"moetion: {owner} owns\n{table(host_view.operators)}")
     SESSION = Session(this, where, host_view, plan)
 
 
@@ -334,7 +317,7 @@ def checkpoint_and_decide_exit(host: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def unprotected(what: str) -> Callable[..., Any]:
-    """The handler of evaluation and saving: nothing is logged, and a failure inside ends the job."""
+    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is None:
@@ -399,7 +382,7 @@ def _register(chunk: torch.Tensor) -> None:
 
 
 def digest_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Records hashes after every N-th iteration; the only handler of a run that is not protected."""
+    """Records hashes after every N-th iteration; all that an unprotected run gets."""
     from megatron_moetion import digest
 
     from .operators_host import canonical_buffers, find_operators

@@ -14,8 +14,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     scratch = tmp_path_factory.mktemp("equivalence")
     prefix = scratch / "stdlib"
     corpus = ROOT / "launch" / "demo" / "corpus.py"
-    subprocess.run([sys.executable, str(corpus), "--output", str(prefix)], cwd=ROOT, check=True,
-                   env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "MOETION_PLATFORM": "cpu"})  # fmt: skip
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "MOETION_PLATFORM": "cpu"}
+    command = [sys.executable, "-W", "ignore", str(corpus), "--output", str(prefix)]
+    subprocess.run(command, cwd=ROOT, check=True, env=env)
     return Runner(scratch, str(prefix))
 
 

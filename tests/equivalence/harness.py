@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
 LINE = re.compile(
-    r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) .*?(lm loss: .*?nan iterations: +\d+)"
+    r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
+    r".*?(lm loss: .*?nan iterations: +\d+)"
 )
 LIMIT_SECONDS = 900
 """A run that hangs is killed, not waited for; far above what any of them takes."""

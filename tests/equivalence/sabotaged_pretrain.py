@@ -44,13 +44,10 @@ def local_norm() -> None:
     feed = tap.CollectiveTap._feed
 
     def local(self: Any, key: Any, outputs: Any, members: Any) -> bool:
-        if self._cursor.mode is tap.Mode.REPLAY and not self._cursor.small_talk:
-            if (
-                len(members) == self._topology.world_size
-                and outputs
-                and outputs[0].is_floating_point()
-            ):
-                return True
+        world = len(members) == self._topology.world_size
+        replaying = self._cursor.mode is tap.Mode.REPLAY and not self._cursor.small_talk
+        if replaying and world and outputs and outputs[0].is_floating_point():
+            return True
         return bool(feed(self, key, outputs, members))
 
     tap.CollectiveTap._feed = local  # type: ignore[method-assign]  # that is the point
