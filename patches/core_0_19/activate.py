@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_moetion import faults
+from megatron_moetion import faults, rehearsal
 from megatron_moetion.config import Config
 
 from .. import activation
@@ -18,6 +18,11 @@ def activate(args: Namespace, config: Config) -> None:
     if config.replicas > 0:
         activation.refuse(
             "--moetion-replicas above 0 is not built yet; use 0 (frames stay on their node)"
+        )
+    if not args.deterministic_mode and not rehearsal.wanted():
+        activation.refuse(
+            "a replay is bit-identical only with deterministic kernels; add --deterministic-mode "
+            "and what it asks for"
         )
     most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3
     if config.window_size > most:

@@ -261,10 +261,16 @@ TABLE: tuple[Unsupported, ...] = (
         "drop --pipeline-model-parallel-comm-backend ucc",
     ),
     Unsupported(
-        "hybrid or hierarchical context parallelism",
-        _on("hybrid_context_parallel", "hierarchical_context_parallel_sizes"),
-        "its groups change from batch to batch or are held by another library",
-        "use plain --context-parallel-size",
+        "context parallelism",
+        _above(1, "context_parallel_size"),
+        "no recovery with it has been compared bit for bit yet",
+        _drop("--context-parallel-size"),
+    ),
+    Unsupported(
+        "fp16 with loss scaling",
+        _on("fp16"),
+        "no recovery with an overflow has been compared bit for bit yet",
+        "use --bf16",
     ),
     Unsupported(
         "--lazy-mpu-init",

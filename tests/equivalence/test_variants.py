@@ -16,6 +16,7 @@ VARIANTS = {
     # Without the distributed optimizer the norm spans one pipeline only: the commit point is a
     # barrier of ours.
     "replicated": {"variant": "demo", "without": ["--use-distributed-optimizer"]},
+    "tensor-parallel": {"model": {"tp_size": 2, "ep_size": 1, "dp_size": 1}},
     "interleaved": {"variant": "overlap", "layers": 4, "model": {"layers_per_virtual_stage": 1}},
     "four-stages": {
         "variant": "demo",
