@@ -78,8 +78,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    code: int = importlib.import_module("megatron_moetion.digest").compare(args.run_a, args.run_b)
-    return code
+    # Needs torch, which the other commands do without.
+    digest = importlib.import_module("megatron_moetion.digest")
+    try:
+        comparison = digest.compare(args.run_a, args.run_b)
+    except digest.NoDigest as error:
+        print(f"moetion: error: {error}", file=sys.stderr)
+        return 2
+    print(comparison)
+    return int(comparison.difference is not None)
 
 
 def _ledger(args: argparse.Namespace) -> int:

@@ -189,10 +189,12 @@ def open_job(
         if link is not None:
             link.send({"op": "fired", "index": index})
 
+    # Without an agent nobody will explain a lost peer: its error is raised at once.
+    patience = timedelta(0) if link is None else config.timeout
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(config.timeout), replacement, fake=replacement,
+        Notices(patience), replacement, fake=replacement,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)
