@@ -230,6 +230,11 @@ class Session:
         everything = tuple(n for slot in self.schedule.slots for n in slot)
         self.capture(iteration, FramePlan(everything, ()))
         self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
+        # Nobody says that it is protected before everybody is. The barrier is small talk already: a
+        # rank that fails right behind it leaves its peers paused here, not lost.
+        self._position = Position(iteration, Progress.RETURNED, iteration, iteration)
+        self.cursor.mode, self.cursor.iteration = Mode.LIVE, iteration
+        dist.barrier()
         self._move(Position(iteration + 1, Progress.BEFORE_COMMIT, iteration, iteration))
 
     def _on_notice(self, notice: Notice) -> None:

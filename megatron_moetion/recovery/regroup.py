@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from megatron_moetion.recovery.abort import Sockets, abort, open_sockets
 
+_SLOT = types.MemberDescriptorType
+
 Group = Any
 """A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the
 group.
@@ -169,7 +171,9 @@ def _untracked_holders(wanted: Set[int]) -> list[dict[Any, Any]]:
         if dict not in map(type, referents):
             continue
         dicts = [r for r in referents if type(r) is dict and not gc.is_tracked(r)]
-        found |= {id(d): d for d in dicts if not wanted.isdisjoint(map(id, d.values()))}
+        found |= {
+            id(d): d for d in dicts if not wanted.isdisjoint(map(id, (*d.keys(), *d.values())))
+        }
     return list(found.values())
 
 
@@ -178,10 +182,15 @@ def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:
         return pairs[id(value)][1] if id(value) in pairs else value
 
     if isinstance(holder, dict):
+        owner = _class_of(holder)
+        if owner is not None:
+            return _swap_attributes(owner, vars(owner), pairs)
         hits = [k for k, v in holder.items() if id(k) in pairs or id(v) in pairs]
         for key in hits:
-            value = holder.pop(key)
-            holder[new(key)] = new(value)
+            if id(key) in pairs:
+                holder[new(key)] = new(holder.pop(key))
+            else:
+                holder[key] = new(holder[key])
         return len(hits)
     if isinstance(holder, list):
         hits_at = [i for i, v in enumerate(holder) if id(v) in pairs]
@@ -200,10 +209,23 @@ def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:
     if isinstance(holder, tuple):
         # A tuple cannot be changed; those met are arguments of calls that are being unwound.
         return 0
-    attributes = getattr(holder, "__dict__", None)
-    if not isinstance(attributes, dict):
-        return 0
-    hits_in = [k for k, v in attributes.items() if id(v) in pairs]
-    for key in hits_in:
-        object.__setattr__(holder, key, new(attributes[key]))
-    return len(hits_in)
+    slots = {n for c in type(holder).__mro__ for n, d in vars(c).items() if type(d) is _SLOT}
+    attributes = {n: getattr(holder, n, None) for n in slots} | getattr(holder, "__dict__", {})
+    return _swap_attributes(holder, attributes, pairs)
+
+
+def _class_of(namespace: dict[Any, Any]) -> type | None:
+    """The class whose namespace this is: it must be told of changes, as it caches attributes."""
+    if "__module__" not in namespace:
+        return None
+    return next((c for c in gc.get_referrers(namespace) if issubclass(type(c), type)), None)
+
+
+def _swap_attributes(
+    holder: Any, attributes: Mapping[str, Any], pairs: dict[int, tuple[Group, Group]]
+) -> int:
+    hits = [(k, v) for k, v in attributes.items() if id(v) in pairs]
+    for name, value in hits:
+        put = type.__setattr__ if issubclass(type(holder), type) else object.__setattr__
+        put(holder, name, pairs[id(value)][1])
+    return len(hits)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from .harness import ROOT, Runner
+from .harness import ROOT, Run, Runner
+
+LONGEST = 179
+"""Iterations of the longest run; the reference that others are compared with has as many."""
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +21,13 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     command = [sys.executable, "-W", "ignore", str(corpus), "--output", str(prefix)]
     subprocess.run(command, cwd=ROOT, check=True, env=env)
     return Runner(scratch, str(prefix))
+
+
+@pytest.fixture(scope="session")
+def off(runner: Runner) -> Run:
+    run = runner.off("off", iterations=LONGEST)
+    assert run.code == 0, run.tail()
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,13 +38,6 @@ def _alternating() -> list[tuple[int, int, str]]:
     return [((3, 0, 2, 1)[n % 4], 3 + APART * n, place) for n, place in enumerate(PLACES)]
 
 
-@pytest.fixture(scope="session")
-def off(runner: Runner) -> Run:
-    run = runner.off("off", iterations=BOTH_STAGES)
-    assert run.code == 0, run.tail()
-    return run
-
-
 def _check_recoveries(
     run: Run, failures: list[tuple[int, int, str]], bound: dict[str, int]
 ) -> None:
@@ -139,10 +132,9 @@ def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
     assert [e["recovered"] for e in run.recoveries] == [[rank] for rank, *_ in failures]
 
 
-@pytest.mark.parametrize("kind", ["raise", "exit"])
-def test_a_worker_that_raises_or_exits_is_replaced(runner: Runner, off: Run, kind: str) -> None:
-    fault = f"{kind}:global_rank=2,iteration=4,at=forward:2"
-    run = runner.run(kind, iterations=8, flags=["--moetion", "--moetion-fault", fault])
+def test_a_worker_that_raises_or_exits_is_replaced(runner: Runner, off: Run) -> None:
+    faults = "raise:global_rank=2,iteration=4,at=forward:2;exit:global_rank=1,iteration=9,at=end"
+    run = runner.run("raise-exit", iterations=14, flags=["--moetion", "--moetion-fault", faults])
     assert run.code == 0, run.tail()
-    assert_same_bits(run, off, 8)
-    assert [e["recovered"] for e in run.recoveries] == [[2]]
+    assert_same_bits(run, off, 14)
+    assert [e["recovered"] for e in run.recoveries] == [[2], [1]]

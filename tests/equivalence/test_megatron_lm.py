@@ -1,4 +1,4 @@
-"""The same identity with Megatron-LM's own pretrain_gpt.py, from the checkout that $MEGATRON_LM names."""
+"""The same identity with the pretrain_gpt.py of the checkout that $MEGATRON_LM names."""
 
 import os
 from pathlib import Path

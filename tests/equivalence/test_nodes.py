@@ -2,15 +2,15 @@
 network.
 """
 
-from .harness import Runner, assert_same_bits, kills
+from .harness import Run, Runner, assert_same_bits, kills
 
 FAILURES = [(3, 4, "backward:1"), (0, 9, "optimizer"), (2, 14, "end")]
 ITERATIONS = 20
 
 
-def test_a_worker_on_either_node_is_rebuilt_from_the_other_nodes_log(runner: Runner) -> None:
-    off = runner.off("nodes-off", iterations=ITERATIONS)
-    assert off.code == 0, off.tail()
+def test_a_worker_on_either_node_is_rebuilt_from_the_other_nodes_log(
+    runner: Runner, off: Run
+) -> None:
     run = runner.run(
         "nodes", iterations=ITERATIONS, nodes=2, flags=["--moetion", *kills(*FAILURES)]
     )
