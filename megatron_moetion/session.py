@@ -7,6 +7,7 @@ plan.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import traceback
@@ -112,6 +113,7 @@ class Session:
         """Start of an iteration, first time or again after an abort."""
         self.cursor.counts = Counter()
         self.cursor.mode = Mode.LIVE
+        self.job.groups.forget_stale()
         key = HeaderKey(iteration)
         known = self.log.read_state(key) if self._position.iteration == iteration else None
         if known is None:
@@ -395,7 +397,12 @@ class Session:
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
         self.job.events.emit(
-            "resumed", epoch=plan.epoch, replayed=replayed, iteration=plan.committed
+            "resumed",
+            epoch=plan.epoch,
+            replayed=replayed,
+            iteration=plan.committed,
+            threads=len(os.listdir("/proc/self/task")),
+            files=len(os.listdir("/proc/self/fd")),
         )
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:

@@ -92,6 +92,13 @@ class GroupRecorder:
                 return f"g{position}"
         raise KeyError("a process group that was not created by torch.distributed.new_group")
 
+    def forget_stale(self) -> None:
+        """No paused call is left that could hold a group of an earlier epoch: let them end.
+
+        A gloo group that is only cut keeps its threads, and they keep polling dead connections.
+        """
+        self._stale.clear()
+
     def described(self, description: str) -> list[tuple[int, ...]]:
         """Members of all groups that were made with this `group_desc`, in creation order."""
         return [r.ranks or () for r in self._recipes if r.options.get("group_desc") == description]
