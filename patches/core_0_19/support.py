@@ -267,6 +267,12 @@ TABLE: tuple[Unsupported, ...] = (
         _drop("--context-parallel-size"),
     ),
     Unsupported(
+        "hybrid or hierarchical context parallelism",
+        _on("hybrid_context_parallel", "hierarchical_context_parallel_sizes"),
+        "its groups change from batch to batch or are held by another library",
+        _drop("--hybrid-context-parallel", "--hierarchical-context-parallel-sizes"),
+    ),
+    Unsupported(
         "fp16 with loss scaling",
         _on("fp16"),
         "no recovery with an overflow has been compared bit for bit yet",
