@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,30 @@ from megatron_moetion.recovery import rebuild
 
 
 def skip_iteration() -> None:
-    """The replay leaves its first iteration out."""
-    make_plan = session.make_plan
+    """The first replayed iteration is converted, but not run."""
+    replay = session.Session._replay
 
-    def skipping(facts: Any, topology: Any) -> Any:
-        plan = make_plan(facts, topology)
-        stages = tuple(replace(s, replay=s.replay[1:]) for s in plan.stages)
-        return replace(plan, stages=stages)
+    def skipping(self: Any, iteration: int) -> None:
+        if iteration > self._rebuild.plan.base + 1:
+            replay(self, iteration)
+        else:
+            self._rebuild.start(iteration)
+            self._rebuild.stepped(iteration)
 
-    session.make_plan = skipping
+    session.Session._replay = skipping  # type: ignore[method-assign]  # that is the point
 
 
 def stale_frame() -> None:
-    """The base frame is that of the iteration before."""
-    load = rebuild.Frames.load
+    """The light weights of the base are those of the frame before."""
+    load_base = rebuild.Rebuild.load_base
 
-    def stale(self: Any, iteration: int, wanted: Any, light: Any) -> Any:
-        first = not getattr(self, "_loaded", False)
-        self._loaded = True
-        return load(self, iteration - 1 if first else iteration, wanted, light)
+    def stale(self: Any) -> None:
+        load_base(self)
+        frozen = self._all - self._full
+        self._frames.load(self.plan.base - 1, lambda name: False, lambda name: name in frozen)
+        self._host.sync_params()
 
-    rebuild.Frames.load = stale  # type: ignore[method-assign]  # that is the point
+    rebuild.Rebuild.load_base = stale  # type: ignore[method-assign]  # that is the point
 
 
 def local_norm() -> None:
