@@ -25,7 +25,7 @@ def test_without_the_variable_a_machine_without_gpu_rehearses(monkeypatch, gpus,
 
 def test_another_platform_is_refused(monkeypatch):
     monkeypatch.setenv(rehearsal.PLATFORM_VARIABLE, "tpu")
-    with pytest.raises(ValueError, match="set it to cpu or cuda"):
+    with pytest.raises(ValueError, match="set it to cpu, cuda or shared-gpu"):
         rehearsal.wanted()
 
 
