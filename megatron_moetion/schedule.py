@@ -19,9 +19,6 @@ class WindowPolicy(StrEnum):
     TUMBLING = "tumbling"
 
 
-AUTO_WINDOW = 4
-
-
 @dataclass(frozen=True)
 class Unit:
     """What the schedule needs to know of an operator; `numel` counts whole parameters."""

@@ -89,17 +89,6 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "_all_gather_base": ("output_tensor",),
     "reduce_scatter_tensor": ("output",),
 }
-COLLECTIVES = tuple(_OUTPUTS)
-UNLOGGED_COLLECTIVES = (
-    "all_gather_object",
-    "broadcast_object_list",
-    "gather",
-    "scatter",
-    "all_to_all",
-)
-"""Collectives whose results are not logged: across stages inside a training step they are refused
-by name.
-"""
 
 
 class CollectiveTap:

@@ -10,7 +10,6 @@ full state is frozen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -190,8 +189,3 @@ class Rebuild:
                 f"{sorted(self._all - self._full)[0]} has no full state after the replay"
             )
         self._host.end_replay()
-
-
-def replay_summary(plan: StagePlan) -> dict[str, Any]:
-    """What a rank reports about its replay."""
-    return {"base": plan.base, "replayed": len(plan.replay)}

@@ -6,7 +6,7 @@ subclasses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,6 @@ def pieces_of(meta: Mapping[str, Any]) -> tuple[Piece, ...]:
     return tuple(
         Piece(o, n, part, d, tuple(s), off, h) for o, n, part, d, s, off, h in meta["pieces"]
     )
-
-
-Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 
 
 def copy_in(

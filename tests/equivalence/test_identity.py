@@ -50,9 +50,6 @@ def _check_recoveries(
         if event["who"].startswith("rank"):
             rank = int(event["who"].removeprefix("rank"))
             replayed.setdefault(event["epoch"], {})[rank] = event["replayed"]
-    steps: dict[int, set[str]] = {}
-    for event in run.events("replayed"):
-        steps.setdefault(event["iteration"], set()).add(event["who"])
     for epoch, (rank, iteration, place) in enumerate(failures, start=1):
         stage = {0, 1} if rank < 2 else {2, 3}
         counts = replayed[epoch]
