@@ -46,14 +46,14 @@ def timeline(events: Sequence[Event]) -> list[Row]:
     detected = _last(events, "detected", "agent")
     _last(events, "restored", "rank")
     stage = tuple(sorted({e["who"] for e in events if e["kind"] == "restored"}))
-    replacing = _last(events, "replacing", "agent")
+    started = _last(events, "started", "agent")
     decided = _last(events, "planned", "agent")
     planned = _last(events, "planned", stage)
     steps = [
         ("fault", fault, f"{fault['who']} in iteration {fault['iteration']}"),
         ("detected", detected, f"exit code {detected['code']}"),
         ("committed", decided, f"survivors agree: iteration {decided['committed']} is done"),
-        ("booted", _last(events, "quiesced", "agent"), f"replacement, {replacing['start']} start"),
+        ("booted", _last(events, "quiesced", "agent"), f"replacement, {started['start']} start"),
         ("planned", planned, _stages_of(planned["plan"])),
         ("regrouped", _last(events, "regrouped", stage), "process groups made again"),
         ("restored", _last(events, "restored", stage), "base frame loaded"),

@@ -40,7 +40,7 @@ class Job:
         program: what the workers run.
         env: environment of every worker, without its rank.
         protected: --moetion is among the script's arguments.
-        num_spares: warm spares on this node.
+        num_spares: 1 keeps a warm spare on this node, 0 none.
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.
@@ -55,7 +55,7 @@ class Job:
     secret: bytes
     timeout: timedelta
 
-    def rank_env(self, global_rank: int, epoch: int, replacement: bool) -> dict[str, str]:
+    def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""
         members, own = self.members, self.members.own
         return {
@@ -68,5 +68,5 @@ class Job:
             "LOCAL_WORLD_SIZE": str(own.num_workers),
             "GROUP_WORLD_SIZE": str(len(members.nodes)),
             "MOETION_EPOCH": str(epoch),
-            "MOETION_REPLACEMENT": "1" if replacement else "0",
+            "MOETION_REPLACEMENT": "1" if epoch else "0",
         }

@@ -17,7 +17,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
 from megatron_moetion.agent.node import Node
-from megatron_moetion.agent.spare import SPARE_FD, SPARE_NICENESS
+from megatron_moetion.agent.spare import SPARE_FD
 from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config
 
@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.prog = "moetion-run"
     parser.description = "torchrun's command line; a dead worker is replaced, the others live on"
     parser.add_argument(
-        "--spares", type=int, default=1, help="warm spare processes on this node (default 1)"
+        "--spares",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: a warm process imports once and forks all workers of this node; 0: cold starts",
     )
     # torchrun's defaults cannot be told from a choice; ours depend on the number of nodes.
     parser.set_defaults(
@@ -89,8 +93,6 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"{option_name} is not supported by moetion-run: {instead}")
     if args.no_python and args.module:
         raise UsageError("--no-python and -m contradict each other: drop one")
-    if args.spares < 0:
-        raise UsageError(f"--spares {args.spares} is negative: use 0 for none")
 
 
 def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
@@ -205,8 +207,7 @@ def worker_base_env(num_workers: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MOETION": "1",
     }
-    for name in (SPARE_FD, SPARE_NICENESS):
-        env.pop(name, None)
+    env.pop(SPARE_FD, None)
     if num_workers > 1:
         env.setdefault("OMP_NUM_THREADS", "1")
     startup = str(startup_folder())

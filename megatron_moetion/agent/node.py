@@ -27,7 +27,7 @@ from megatron_moetion.agent.leader import Leader, Unprotected
 from megatron_moetion.agent.membership import MembershipError
 from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.round import Round
-from megatron_moetion.agent.spares import SparePool
+from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.supervision import Child
 from megatron_moetion.agent.wire import Channel, Message, unix_address
 from megatron_moetion.events import EventLog
@@ -51,8 +51,8 @@ class Node:
         self._store = VaultStore()
         peers = Peers(job.members, job.secret)
         self._desk = Desk(job.members, self._store, peers, job.secret, self._welcome, self._post)
-        size = job.num_spares if job.protected and job.program.interpreter else 0
-        self._pool = SparePool(size, job.program.interpreter, job.env)
+        self._spare: Spare | None = None
+        self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
         self._children: set[Child] = set()
         self._draining: dict[int, int] = {}
@@ -66,10 +66,11 @@ class Node:
         """Run the job's part on this node, from the first worker to the last."""
         self._open()
         self._catch_signals()
+        supervision.adopt_orphans()
         try:
+            self._keep_spare()
             for rank in self._own.global_ranks:
-                self._start_cold(rank, replacement=False)
-            self._watch_all(self._pool.fill(during_training=False))
+                self._start(rank)
             while self._code is None:
                 self._turn()
             return self._code
@@ -127,12 +128,20 @@ class Node:
         for key, _ in self._selector.select(left):
             if isinstance(key.data, Child):
                 self._ended(key.data)
+            elif isinstance(key.data, Spare):
+                self._hear_spare()
             else:
                 self._woken(self._woken_end.recv(4096))
         while self._code is None and not self._items.empty():
             self._take(self._items.get())
         if self._leader is not None and self._code is None:
             self._leader.tick()
+        supervision.reap_orphans(self._is_child)
+
+    def _is_child(self, pid: int) -> bool:
+        # A worker that has ended may not even have been heard of.
+        self._hear_spare()
+        return any(child.pid == pid for child in self._children)
 
     def _post(self, item: Item) -> None:
         self._items.put(item)
@@ -212,7 +221,7 @@ class Node:
                 self._notify(order["global_ranks"], order["message"])
             case "replace":
                 self._epoch, self._fired = order["epoch"], order["fired"]
-                self._replace(order["global_rank"])
+                self._start(order["global_rank"])
             case "gather":
                 self._gather(order["epoch"])
             case "end":
@@ -223,7 +232,7 @@ class Node:
         for rank in global_ranks:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
-            self._watch_all(self._pool.fill(during_training=True))
+            self._keep_spare()
 
     def _gather(self, epoch: int) -> None:
         ranks = self._own.global_ranks
@@ -238,43 +247,70 @@ class Node:
             for rank in self._own.global_ranks:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
-    def _start_cold(self, global_rank: int, replacement: bool) -> None:
-        env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch, replacement)}
+    def _keep_spare(self) -> None:
+        wanted = self._job.protected and self._job.num_spares and self._job.program.interpreter
+        if wanted and self._spare is None:
+            self._spare = Spare(self._job.program.interpreter, self._job.env)
+            self._selector.register(self._spare.socket, selectors.EVENT_READ, self._spare)
+            self._watch(self._spare.child)
+
+    def _start(self, global_rank: int) -> None:
+        """Start a worker: by the spare, which may still be importing, or cold."""
+        program, env = self._job.program, self._job.rank_env(global_rank, self._epoch)
+        argv = (program.script, *program.args)
+        assignment = Assignment(global_rank, program.module, argv, env)
+        if self._spare is not None and self._spare.assign(assignment):
+            self._starts[global_rank] = "warm" if self._spare.ready else "booting"
+        else:
+            self._start_cold(global_rank)
+
+    def _start_cold(self, global_rank: int) -> None:
+        env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
+        self._starts[global_rank] = "cold"
         child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
+        self._watch(child)
+        self._started(global_rank, child)
+
+    def _started(self, global_rank: int, child: Child) -> None:
         self._workers[global_rank] = child
-        self._watch_all([child])
+        told = {"start": self._starts.pop(global_rank), "pid": child.pid, "epoch": self._epoch}
+        self._log.emit("started", global_rank=global_rank, **told)
 
-    def _replace(self, global_rank: int) -> None:
-        program, started = self._job.program, "cold"
-        spare = self._pool.take()
-        if spare is not None:
-            started = "warm" if spare.ready else "booting"
-            env = self._job.rank_env(global_rank, self._epoch, replacement=True)
-            try:
-                spare.assign(program.module, [program.script, *program.args], env)
-                self._workers[global_rank] = spare.child
-            except OSError:
-                spare, started = None, "cold"
-        if spare is None:
-            self._start_cold(global_rank, replacement=True)
-        pid = self._workers[global_rank].pid
-        self._log.emit(
-            "replacing", global_rank=global_rank, epoch=self._epoch, start=started, pid=pid
-        )
+    def _hear_spare(self) -> None:
+        if self._spare is None:
+            return
+        spare, heard = self._spare, self._spare.hear()
+        for rank, child in heard.born.items():
+            if child is not spare.child:
+                self._watch(child)
+            self._started(rank, child)
+        for rank in heard.cold:
+            self._start_cold(rank)
+        if heard.over or spare.child in heard.born.values():
+            self._let_spare_go()
 
-    def _watch_all(self, children: list[Child]) -> None:
-        for child in children:
-            self._children.add(child)
-            self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+    def _let_spare_go(self) -> None:
+        assert self._spare is not None
+        spare, self._spare = self._spare, None
+        self._selector.unregister(spare.socket)
+        for rank in spare.close():
+            self._start_cold(rank)
+
+    def _watch(self, child: Child) -> None:
+        self._children.add(child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 
     def _ended(self, child: Child) -> None:
+        if self._spare is not None and child is self._spare.child:
+            self._hear_spare()
+            if self._spare is not None:
+                self._let_spare_go()
         self._selector.unregister(child.pidfd)
         self._children.discard(child)
         code = supervision.reap(child)
         ranks = [rank for rank, worker in self._workers.items() if worker is child]
         if not ranks:
-            if self._pool.lost(child):
-                print(f"moetion-run: {child.label} ended with code {code}", file=sys.stderr)
+            print(f"moetion-run: the {child.label} ended with code {code}", file=sys.stderr)
             return
         rank = ranks[0]
         del self._workers[rank]

@@ -1,6 +1,8 @@
-"""The program of a warm spare: import, wait for an assignment, become the worker.
+"""The program of the warm spare: import everything once, then fork a worker for each assignment.
 
-Run by path, and only the standard library at the top, so that it needs nothing on `sys.path`.
+Run by path, so that it needs nothing on `sys.path`. A worker is forked twice: its parent in between
+ends at once, so that the worker becomes a child of the agent, which adopts orphans
+(`supervision.adopt_orphans`), and neither lives nor dies with the spare.
 """
 
 import contextlib
@@ -8,44 +10,44 @@ import importlib
 import json
 import os
 import runpy
+import socket
 import sys
-import threading
 import time
 import warnings
 from typing import Any
 
 SPARE_FD = "MOETION_SPARE_FD"
-SPARE_NICENESS = "MOETION_SPARE_NICENESS"
 PREIMPORT = "MOETION_PREIMPORT"
-NICENESS = 10
+MAX_MESSAGE = 1 << 20
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def main() -> None:
-    """Prepare, report, wait; the end of the agent's side of the socket ends this process."""
-    fd = int(os.environ.pop(SPARE_FD))
-    os.set_inheritable(fd, False)
-    niceness = int(os.environ.pop(SPARE_NICENESS, "0"))
-    nice = niceness > 0 and may_renice()
-    if nice:
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    """Prepare, report, serve; the end of the agent's side of the socket ends this process."""
+    agent = os.getppid()
+    if sys.path[0] == HERE:
+        # No import may find a module of ours in place of its own.
+        del sys.path[0]
+    # Messages keep their borders on this socket (SOCK_SEQPACKET).
+    channel = socket.socket(fileno=int(os.environ.pop(SPARE_FD)))
+    channel.set_inheritable(False)
     started = time.monotonic()
-    # The workers have shown what these imports warn of. Only the printing is off: filters that a
+    # The first worker shows what its own imports warn of. Only the printing is off: filters that a
     # module installs must stay.
     show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
     for name in modules_to_import():
         preimport(name)
     warnings.showwarning = show
-    ready = {"ready_after_ms": round((time.monotonic() - started) * 1000)}
-    # The agent closes its end when it assigns, which it may do before this process is ready.
-    with contextlib.suppress(BrokenPipeError):
-        os.write(fd, json.dumps(ready).encode() + b"\n")
-    with open(fd, "rb") as lines:
-        line = lines.readline()
-    if not line.endswith(b"\n"):
-        sys.exit(0)
-    if nice:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
-    become(json.loads(line))
+    obstacle = why_not_to_fork()
+    ready = {"ready_after_ms": round((time.monotonic() - started) * 1000), "obstacle": obstacle}
+    channel.send(json.dumps(ready).encode())
+    while message := channel.recv(MAX_MESSAGE):
+        assignment = json.loads(message)
+        if obstacle or fork_worker(agent):
+            channel.send(json.dumps({"born": assignment["who"], "pid": os.getpid()}).encode())
+            channel.close()
+            become(assignment)
+            return
 
 
 def modules_to_import() -> list[str]:
@@ -60,25 +62,6 @@ def modules_to_import() -> list[str]:
     return list(patches.PREIMPORT)
 
 
-def may_renice() -> bool:
-    """Whether this process may take its niceness back, tried on a throw-away thread."""
-    allowed = []
-
-    def probe() -> None:
-        # Linux keeps niceness per thread, so this leaves the process as it is.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 0)
-        except PermissionError:
-            return
-        allowed.append(True)
-
-    thread = threading.Thread(target=probe)
-    thread.start()
-    thread.join()
-    return bool(allowed)
-
-
 def preimport(name: str) -> None:
     """Import ahead of time; a module that this job lacks is the script's own business later."""
     try:
@@ -87,17 +70,66 @@ def preimport(name: str) -> None:
         print(f"moetion-run: the spare could not import {name}: {error}", file=sys.stderr)
 
 
+def why_not_to_fork() -> str:
+    """What a fork would leave broken in the child, or nothing: threads and CUDA do not survive it.
+
+    CUDA is seen by its device files, whoever initialised it.
+    """
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return f"{threads} threads run after the imports"
+    if any(target.startswith("/dev/nvidia") for target in open_files()):
+        return "the imports opened a GPU"
+    return ""
+
+
+def open_files() -> list[str]:
+    """What the descriptors of this process refer to."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        # The descriptor that lists the folder is gone by now.
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
+
+
+def fork_worker(agent: int) -> bool:
+    """Fork a worker as a child of the agent, in a session of its own; True in the worker."""
+    adopted, adopt = os.pipe()
+    between = os.fork()
+    if between:
+        os.close(adopted)
+        # When this returns, the worker has its new parent.
+        os.waitpid(between, 0)
+        os.close(adopt)
+        return False
+    if os.fork():
+        os._exit(0)
+    os.close(adopt)
+    os.read(adopted, 1)
+    os.close(adopted)
+    runpy.run_path(os.path.join(HERE, "tether.py"))["tie"](agent)
+    os.setsid()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        # A fresh interpreter has a seed of its own; Python's random sees to that by itself.
+        numpy.random.seed()
+    return True
+
+
 def become(assignment: dict[str, Any]) -> None:
     """Run the script as a fresh interpreter would."""
     os.environ.update(assignment["env"])
     sys.argv = assignment["argv"]
+    script = sys.argv[0]
+    if not sys.flags.safe_path:
+        # What Python does: `python -m` puts the current directory first, a path its own.
+        folder = os.path.dirname(os.path.abspath(script))
+        sys.path.insert(0, os.getcwd() if assignment["module"] else folder)
     if assignment["module"]:
-        # What `python -m` does: the current directory comes first.
-        sys.path[0] = os.getcwd()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Warm spares: processes that have imported everything and wait to become a worker."""
+"""The warm spare of a node: a process that has imported everything and forks workers on demand."""
 
 from __future__ import annotations
 
@@ -6,106 +6,131 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_moetion.agent.spare import NICENESS, SPARE_FD, SPARE_NICENESS
+from megatron_moetion.agent.spare import MAX_MESSAGE, SPARE_FD
 from megatron_moetion.agent.supervision import Child, start
 
 PROGRAM = str(Path(__file__).with_name("spare.py"))
 
 
-@dataclass(eq=False)
-class Spare:
-    """A spare process and the socket through which it is told what to become."""
+@dataclass(frozen=True)
+class Assignment:
+    """A worker to start.
 
-    child: Child
-    socket: socket.socket
-    ready: bool = False
-
-    def poll_ready(self) -> bool:
-        """Whether it has reported that everything is imported."""
-        if not self.ready:
-            try:
-                self.ready = bool(self.socket.recv(4096, socket.MSG_DONTWAIT))
-            except (BlockingIOError, ConnectionResetError):
-                return False
-        return self.ready
-
-    def assign(self, module: bool, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Make it the worker; it starts at once, or as soon as its imports are done.
-
-        Raises:
-            OSError: it has died.
-        """
-        if not self.poll_ready():
-            # Nothing trains while a failure is handled, so its imports need not give way any more.
-            with contextlib.suppress(PermissionError):
-                os.setpriority(os.PRIO_PROCESS, self.child.pid, 0)
-        line = json.dumps({"module": module, "argv": list(argv), "env": dict(env)}) + "\n"
-        self.socket.sendall(line.encode())
-        self.socket.close()
-
-
-class SparePool:
-    """Keeps a number of spares.
-
-    Args:
-        size: how many to keep; 0 means that every replacement is a cold start.
-        interpreter: the command that starts Python, options included.
-        env: environment of a spare; the assignment adds to it.
+    Attributes:
+        who: its name among the assignments under way.
+        module: `argv[0]` is a module's name, not a path.
+        argv: the script and its arguments.
+        env: what is added to the spare's own environment.
     """
 
-    def __init__(self, size: int, interpreter: Sequence[str], env: Mapping[str, str]) -> None:
-        self._size = size
-        self._command = [*interpreter, PROGRAM]
-        self._env = env
-        self._spares: list[Spare] = []
-        self._count = 0
+    who: int
+    module: bool
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
 
-    def fill(self, during_training: bool) -> list[Child]:
-        """Start what is missing.
 
-        Args:
-            during_training: whether the imports should give way to running workers.
+@dataclass
+class Heard:
+    """What came of assignments: workers by name, and names of those to be started cold; `over` when
+    the process will say no more.
+    """
+
+    born: dict[int, Child] = field(default_factory=dict)
+    cold: list[int] = field(default_factory=list)
+    over: bool = False
+
+
+class Spare:
+    """One spare process and the socket to it.
+
+    Where forking would break a worker (see `spare.why_not_to_fork`) the process becomes the first
+    worker itself, and this spare is used up: `spent`.
+
+    Args:
+        interpreter: the command that starts Python, options included.
+        env: environment of the spare and of all its workers.
+    """
+
+    def __init__(self, interpreter: Sequence[str], env: Mapping[str, str]) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            env = {**env, SPARE_FD: str(theirs.fileno())}
+            self.child = start("spare", [*interpreter, PROGRAM], env, [theirs.fileno()])
+        self.ready = False
+        self.spent = False
+        self.obstacle = ""
+        self._under_way: dict[int, Assignment] = {}
+
+    def assign(self, assignment: Assignment) -> bool:
+        """Have a worker started, now or as soon as the imports are done; `hear` tells of it.
 
         Returns:
-            The new children, for the caller to watch.
+            False when this spare cannot: it has ended or is used up.
         """
-        niceness = str(NICENESS if during_training else 0)
-        added = []
-        while len(self._spares) < self._size:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                env = {
-                    **self._env,
-                    SPARE_FD: str(theirs.fileno()),
-                    SPARE_NICENESS: niceness,
-                }
-                child = start(f"spare {self._count}", self._command, env, [theirs.fileno()])
-            self._count += 1
-            self._spares.append(Spare(child, ours))
-            added.append(child)
-        return added
+        if self.spent or not self.child.alive:
+            return False
+        self._under_way[assignment.who] = assignment
+        if self.ready:
+            self._send(assignment)
+        return True
 
-    def take(self) -> Spare | None:
-        """A spare that lives, one that is ready if there is one.
+    def hear(self) -> Heard:
+        """Read what the process says, without waiting; call it when the socket is readable."""
+        heard = Heard()
+        while message := self._receive():
+            said = json.loads(message)
+            if "born" in said:
+                heard.born[said["born"]] = self._born(said["born"], said["pid"])
+            else:
+                heard.cold += self._imported(said["obstacle"])
+        heard.over = message == b""
+        return heard
 
-        One that still imports is taken as well: it is never behind a cold start.
-        """
-        alive = [spare for spare in self._spares if spare.child.alive]
-        alive.sort(key=lambda spare: not spare.poll_ready())
-        if not alive:
+    def close(self) -> list[int]:
+        """The process has ended or is a worker now; returns who was not started."""
+        self.spent = True
+        self.socket.close()
+        left = list(self._under_way)
+        self._under_way.clear()
+        return left
+
+    def _receive(self) -> bytes | None:
+        """A message; empty when there will be no more, None when there is none now."""
+        try:
+            return self.socket.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
             return None
-        self._spares.remove(alive[0])
-        return alive[0]
+        except ConnectionResetError:
+            return b""
 
-    def lost(self, child: Child) -> bool:
-        """A child ended; forget it if it was a spare. Returns whether it was."""
-        for spare in self._spares:
-            if spare.child is child:
-                spare.socket.close()
-                self._spares.remove(spare)
-                return True
-        return False
+    def _imported(self, obstacle: str) -> list[int]:
+        self.ready, self.obstacle = True, obstacle
+        if obstacle:
+            print(f"moetion-run: workers start cold, no fork: {obstacle}", file=sys.stderr)
+        cold = []
+        for assignment in list(self._under_way.values()):
+            if self.spent:
+                del self._under_way[assignment.who]
+                cold.append(assignment.who)
+            else:
+                self._send(assignment)
+        return cold
+
+    def _send(self, assignment: Assignment) -> None:
+        self.spent = bool(self.obstacle)
+        said = {"who": assignment.who, "module": assignment.module, "argv": assignment.argv}
+        message = json.dumps({**said, "env": dict(assignment.env)}).encode()
+        # A process that has just ended is noticed by its end, and `close` tells what is left.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.socket.send(message)
+
+    def _born(self, who: int, pid: int) -> Child:
+        del self._under_way[who]
+        if pid == self.child.pid:
+            return self.child
+        return Child(f"rank {who}", pid, os.pidfd_open(pid))

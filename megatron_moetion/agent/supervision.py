@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+PR_SET_CHILD_SUBREAPER = 36
 TETHER = str(Path(__file__).with_name("tether.py"))
 # A scheduler kills 30 s after its own SIGTERM (Slurm's KillWait), so be done well before.
 GRACE = timedelta(seconds=8)
@@ -23,23 +25,43 @@ class Child:
     """A started process. `label` says what it is to whoever started it."""
 
     label: str
-    process: subprocess.Popen[bytes]
+    pid: int
+    """Its process id, also the id of its process group."""
     pidfd: int
-
-    @property
-    def pid(self) -> int:
-        """Its process id, also the id of its process group."""
-        return self.process.pid
+    reaped: bool = False
 
     @property
     def alive(self) -> bool:
         """False from the moment it ended, before it was reaped as well as after."""
-        return self.process.returncode is None and not _readable(self.pidfd)
+        return not self.reaped and not _readable(self.pidfd)
 
     def kill(self, number: int) -> None:
         """Signal the process and whatever it started; no-op once it was reaped."""
-        if self.process.returncode is None:
+        if not self.reaped:
             os.killpg(self.pid, number)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its children leave behind, in place of init."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def reap_orphans(is_child: Callable[[int], bool]) -> None:
+    """Collect adopted processes that have ended.
+
+    Args:
+        is_child: whether a pid is that of a `Child`, which `reap` collects.
+    """
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or is_child(ended.si_pid):
+            # A child that waits to be reaped may hide others until then.
+            return
+        os.waitpid(ended.si_pid, 0)
 
 
 def start(
@@ -55,7 +77,9 @@ def start(
         pass_fds=tuple(pass_fds),
         start_new_session=True,
     )
-    return Child(label, process, os.pidfd_open(process.pid))
+    # `reap` waits for it by its pid, as for one that was adopted; Popen need not wait any more.
+    process.returncode = 0
+    return Child(label, process.pid, os.pidfd_open(process.pid))
 
 
 def shell_code(returncode: int) -> int:
@@ -67,9 +91,10 @@ def reap(child: Child) -> int:
     """Collect an ended child and kill what it left behind; returns its code as a shell would."""
     # Until it is waited for, its pid and hence its group id cannot belong to anybody else.
     os.killpg(child.pid, signal.SIGKILL)
-    code = shell_code(child.process.wait())
+    _, status = os.waitpid(child.pid, 0)
+    child.reaped = True
     os.close(child.pidfd)
-    return code
+    return shell_code(os.waitstatus_to_exitcode(status))
 
 
 @dataclass

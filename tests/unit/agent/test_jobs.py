@@ -83,8 +83,9 @@ def test_a_killed_worker_is_replaced_and_the_survivors_live_on(tmp_path: Path) -
     pids = {event["who"]: event["pid"] for event in outcome.of("welcome", replacement=False)}
     ends = {event["who"]: event["pid"] for event in outcome.of("finished")}
     assert {who for who in pids if pids[who] != ends[who]} == {"rank-1"}
-    (replaced,) = outcome.of("replacing")
+    *_, replaced = outcome.of("started")
     assert (replaced["global_rank"], replaced["pid"]) == (1, ends["rank-1"])
+    assert replaced["start"] == "warm"
     assert outcome.of("restored") != []
     assert len(outcome.of("notice.resume", epoch=1)) == 3
     (dying,), (exited,) = outcome.of("dying"), outcome.of("exited", code=137)
@@ -96,7 +97,7 @@ def test_a_killed_worker_is_replaced_and_the_survivors_live_on(tmp_path: Path) -
 
 def test_deaths_during_a_round_restart_it(tmp_path: Path) -> None:
     deaths = ("1:3", "2:freeze@1", "0:abort@2:exit", "1:6:raise", "1:facts@4")
-    argv = ["--nproc-per-node", "4", "--spares", "2"]
+    argv = ["--nproc-per-node", "4"]
     outcome = finish([launch(argv, *protected(tmp_path, *deaths))], tmp_path)
     assert_trained_to_the_end(outcome, 4)
     assert [event["place"] for event in outcome.of("dying")] == [
@@ -141,7 +142,7 @@ def test_a_worker_that_fails_before_it_is_protected_ends_the_job_with_its_code(
     script = ["bash", "-c", "exit 2", *flags, "--moetion-dir", str(tmp_path)]
     outcome = finish([launch(argv, *script, stub=False)], tmp_path)
     assert outcome.codes == [2]
-    assert outcome.errors.count("moetion-run:") == 1
+    assert outcome.errors.count("moetion-run: ending the job: ") == 1
 
 
 def test_a_plain_command_runs_and_its_children_are_not_left_behind(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_options_of_the_script_are_found_in_both_spellings() -> None:
 
 
 def test_the_script_keeps_its_own_arguments() -> None:
-    args = build_parser().parse_args(["--spares", "2", "train.py", "--spares", "7", "--moetion"])
-    assert args.spares == 2
+    args = build_parser().parse_args(["--spares", "0", "train.py", "--spares", "7", "--moetion"])
+    assert args.spares == 0
     assert args.training_script_args == ["--spares", "7", "--moetion"]
 
 

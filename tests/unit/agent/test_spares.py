@@ -1,111 +1,176 @@
-"""A spare imports, waits, and becomes whatever it is told to be."""
+"""A spare imports once and forks every worker that it is told to be, as children of ours."""
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_moetion.agent import supervision
 from megatron_moetion.agent.spare import PREIMPORT
-from megatron_moetion.agent.spares import Spare, SparePool
+from megatron_moetion.agent.spares import Assignment, Heard, Spare
 from megatron_moetion.agent.supervision import Child
 
 SCRIPT = """
-import os, sys
+import os, random, signal, sys
 import sibling
 assert __name__ == "__main__"
 assert "MOETION_SPARE_FD" not in os.environ
+assert os.getsid(0) == os.getpid()
 with open(os.environ["REPORT"], "w") as report:
-    print(os.environ["RANK"], sys.argv[1:], "fractions" in sys.modules, os.getpid(), file=report)
+    first = sys.modules["slow_start"].PID
+    print(os.environ["RANK"], sys.argv[1:], first, os.getpid(), random.random(), file=report)
+if "--wait" in sys.argv:
+    signal.pause()
 sys.exit(5)
 """
 
 
-def pool_of(size: int, **env: str) -> SparePool:
-    return SparePool(size, [sys.executable], {**os.environ, PREIMPORT: "fractions", **env})
+@pytest.fixture(scope="module", autouse=True)
+def adopting() -> None:
+    supervision.adopt_orphans()
+
+
+class Scene:
+    """A folder with a script and modules, and spares that import from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spares: list[Spare] = []
+        self.children: list[Child] = []
+        self.write("script", SCRIPT)
+        self.write("sibling", "")
+        self.write("slow_start", "import os\nPID = os.getpid()")
+
+    def write(self, module: str, text: str) -> None:
+        (self.folder / f"{module}.py").write_text(text)
+
+    def spare(self, preimport: str = "slow_start") -> Spare:
+        env = {**os.environ, PREIMPORT: preimport, "PYTHONPATH": str(self.folder)}
+        self.spares.append(Spare([sys.executable], env))
+        return self.spares[-1]
+
+    def assignment(self, who: int, *args: str) -> Assignment:
+        env = {"RANK": str(who), "REPORT": str(self.folder / f"report{who}")}
+        return Assignment(who, False, (str(self.folder / "script.py"), *args), env)
+
+    def hear(self, spare: Spare) -> Heard:
+        assert select.select([spare.socket], [], [], 60)[0]
+        heard = spare.hear()
+        self.children += heard.born.values()
+        return heard
+
+    def hear_births(self, spare: Spare, count: int) -> dict[int, Child]:
+        born: dict[int, Child] = {}
+        while len(born) < count:
+            born |= self.hear(spare).born
+        return born
+
+    def report(self, who: int) -> list[str]:
+        return (self.folder / f"report{who}").read_text().split()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(tmp_path)
+    yield scene
+    everybody = {*scene.children, *(spare.child for spare in scene.spares)}
+    supervision.end_all([child for child in everybody if not child.reaped])
+
+
+def await_end(child: Child) -> None:
+    assert select.select([child.pidfd], [], [], 60)[0]
 
 
 def ended(child: Child) -> int:
-    assert select.select([child.pidfd], [], [], 60)[0]
+    await_end(child)
     return supervision.reap(child)
 
 
-def await_ready(spare: Spare) -> None:
-    assert select.select([spare.socket], [], [], 60)[0]
-    assert spare.poll_ready()
+def test_workers_are_forked_whether_asked_for_before_the_imports_or_after(scene: Scene) -> None:
+    spare = scene.spare()
+    assert spare.assign(scene.assignment(3, "--x", "1"))
+    assert spare.assign(scene.assignment(4))
+    born = scene.hear_births(spare, 2)
+    assert spare.ready
+    assert spare.assign(scene.assignment(5))
+    born |= scene.hear_births(spare, 1)
+    assert [ended(born[who]) for who in (3, 4, 5)] == [5, 5, 5]
+    rank, *args, imported_by, pid, _ = scene.report(3)
+    assert (rank, args) == ("3", ["['--x',", "'1']"])
+    assert (imported_by, pid) == (str(spare.child.pid), str(born[3].pid))
+    # Each has random numbers of its own, as fresh interpreters have.
+    assert len({scene.report(who)[-1] for who in (3, 4, 5)}) == 3
+    assert spare.child.alive
 
 
-@pytest.mark.parametrize("ready", [True, False])
-def test_a_spare_becomes_the_script(tmp_path: Path, ready: bool) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "sibling.py").write_text("")
-    report = tmp_path / "report"
-    pool = pool_of(1)
-    (child,) = pool.fill(during_training=False)
-    spare = pool.take()
-    assert spare is not None
-    if ready:
-        await_ready(spare)
-    spare.assign(
-        False, [str(tmp_path / "script.py"), "--x", "1"], {"RANK": "3", "REPORT": str(report)}
-    )
-    assert ended(child) == 5
-    assert report.read_text() == f"3 ['--x', '1'] True {child.pid}\n"
+def test_a_worker_outlives_the_spare_and_dies_by_its_own_code(scene: Scene) -> None:
+    spare = scene.spare()
+    spare.assign(scene.assignment(0, "--wait"))
+    (worker,) = scene.hear_births(spare, 1).values()
+    spare.child.kill(signal.SIGKILL)
+    assert ended(spare.child) == 137
+    assert worker.alive
+    assert not spare.assign(scene.assignment(1))
+    worker.kill(signal.SIGTERM)
+    assert ended(worker) == 143
 
 
-def test_a_spare_becomes_a_module(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pool = pool_of(1)
-    (child,) = pool.fill(during_training=True)
-    spare = pool.take()
-    assert spare is not None
-    spare.assign(True, ["this"], {})
-    assert ended(child) == 0
+def test_what_a_dead_spare_did_not_get_to_is_told(scene: Scene) -> None:
+    spare = scene.spare()
+    spare.child.kill(signal.SIGSTOP)
+    assert spare.assign(scene.assignment(1))
+    assert spare.assign(scene.assignment(2))
+    spare.child.kill(signal.SIGKILL)
+    await_end(spare.child)
+    assert scene.hear(spare).over
+    assert spare.close() == [1, 2]
+
+
+def test_a_spare_that_must_not_fork_becomes_the_first_worker(scene: Scene) -> None:
+    wait = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    scene.write("threaded", f"import threading\n{wait}")
+    spare = scene.spare("slow_start,threaded")
+    for who in (1, 2):
+        assert spare.assign(scene.assignment(who))
+    cold: list[int] = []
+    born: dict[int, Child] = {}
+    while not (cold and born):
+        heard = scene.hear(spare)
+        cold += heard.cold
+        born |= heard.born
+    assert (cold, born) == ([2], {1: spare.child})
+    assert spare.obstacle == "2 threads run after the imports"
+    assert not spare.assign(scene.assignment(3))
+    assert spare.close() == []
+    assert ended(spare.child) == 5
+
+
+def test_a_spare_becomes_a_module(scene: Scene, capfd: pytest.CaptureFixture[str]) -> None:
+    spare = scene.spare()
+    spare.assign(Assignment(0, True, ("this",), {}))
+    (worker,) = scene.hear_births(spare, 1).values()
+    assert ended(worker) == 0
     assert "Zen of Python" in capfd.readouterr().out
 
 
-def test_a_pool_keeps_its_size_and_forgets_the_dead() -> None:
-    pool = pool_of(2)
-    first, second = pool.fill(during_training=False)
-    assert pool.fill(during_training=False) == []
-    first.kill(9)
-    assert select.select([first.pidfd], [], [], 60)[0]
-    spare = pool.take()
-    assert spare is not None
-    assert spare.child is second
-    assert pool.lost(first)
-    assert not pool.lost(second)
-    supervision.reap(first)
-    assert pool.take() is None
-    (third,) = pool.fill(during_training=False)[:1]
-    supervision.end_all([second, third, *[s.child for s in pool._spares if s.child is not third]])
-
-
-def test_a_pool_of_none_has_nothing_to_give() -> None:
-    pool = pool_of(0)
-    assert pool.fill(during_training=False) == []
-    assert pool.take() is None
-
-
-def test_a_spare_ends_quietly_when_its_agent_lets_go(capfd: pytest.CaptureFixture[str]) -> None:
-    pool = pool_of(1)
-    (child,) = pool.fill(during_training=False)
-    spare = pool.take()
-    assert spare is not None
-    await_ready(spare)
-    spare.socket.close()
-    assert ended(child) == 0
+def test_a_spare_ends_quietly_when_its_agent_lets_go(
+    scene: Scene, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spare = scene.spare()
+    scene.hear(spare)
+    assert spare.close() == []
+    assert ended(spare.child) == 0
     assert capfd.readouterr().err == ""
 
 
-def test_a_module_that_cannot_be_imported_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    pool = pool_of(1, **{PREIMPORT: "no_such_module,fractions"})
-    (child,) = pool.fill(during_training=False)
-    spare = pool.take()
-    assert spare is not None
-    await_ready(spare)
-    supervision.end_all([child])
+def test_a_module_that_cannot_be_imported_is_named(
+    scene: Scene, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scene.hear(scene.spare("no_such_module,slow_start"))
     assert "the spare could not import no_such_module" in capfd.readouterr().err

@@ -30,7 +30,7 @@ def recovery():
         event(1000, "rank3", "fault", iteration=8),
         event(1002, "agent-0", "exited", global_rank=3, code=137, pid=13),
         event(1003, "agent-0", "detected", epoch=1, code=137, global_rank=3),
-        event(1004, "agent-0", "replacing", start="warm", pid=14),
+        event(1004, "agent-0", "started", start="warm", pid=14),
         event(1005, "agent-0", "planned", committed=7),
         event(1010, "agent-0", "quiesced"),
     ]
