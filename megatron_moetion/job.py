@@ -139,13 +139,14 @@ class Job:
         self.facts = facts_of(self.notices.wait("facts", epoch))
         return self.facts
 
+    def connect_store(self) -> None:
+        """A connection to the job's store for each epoch: one that was given up is cut."""
+        address = os.environ["MASTER_ADDR"]
+        self.store = TCPStore(address, self.store_port, is_master=False, timeout=self.group_timeout)
+
     def init_world(self, epoch: int) -> None:
         """Initialises torch.distributed under a new epoch of the job's store."""
-        if self.store is None:
-            address = os.environ["MASTER_ADDR"]
-            self.store = TCPStore(
-                address, self.store_port, is_master=False, timeout=self.group_timeout
-            )
+        assert self.store is not None
         dist.init_process_group(
             self.backend,
             store=PrefixStore(f"moetion/epoch/{epoch}", self.store),

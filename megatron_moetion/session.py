@@ -242,6 +242,7 @@ class Session:
     def _on_notice(self, notice: Notice) -> None:
         op = notice["op"]
         if op == "freeze":
+            self.job.groups.cancel(notice["epoch"])
             with self._lock:
                 self._frozen, self._verdict, self._settled = notice["epoch"], None, False
                 self._dead = tuple(notice["dead"])
@@ -271,9 +272,7 @@ class Session:
         return self.topology.pp_rank in self.topology.stages_of(self._dead)
 
     def _abort(self, which: Callable[[tuple[int, ...]], bool]) -> None:
-        for group in self.job.groups.live():
-            if which(tuple(dist.get_process_group_ranks(group))):
-                self.job.groups.abort(group, self.job.store_port)
+        self.job.groups.abort(which, self.job.store_port)
 
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
@@ -370,7 +369,9 @@ class Session:
             self.job.send("hopeless", reason=str(error))
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
-        swapped = self.job.groups.rebuild(lambda: self.job.init_world(plan.epoch))
+        swapped = self.job.groups.rebuild(
+            plan.epoch, self.job.connect_store, lambda: self.job.init_world(plan.epoch)
+        )
         self.collectives.forget()
         self._agree(plan)
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)

@@ -95,6 +95,7 @@ class Leader:
         self._inbox: deque[tuple[int, Message]] = deque()
         self._detected: float | None = None
         self._deadline: float | None = None
+        self._over = False
 
     def take(self, node_rank: int, message: Message) -> None:
         """An agent reports something.
@@ -140,6 +141,9 @@ class Leader:
             self._feed(Expired(self._decider.epoch, self._decider.phase, self._timeout))
 
     def _feed(self, event: Event) -> None:
+        if self._over:
+            # What ends after the first end is its consequence.
+            return
         before = (self._decider.epoch, self._decider.phase)
         commands = self._decider.feed(event)
         after = (self._decider.epoch, self._decider.phase)
@@ -173,6 +177,7 @@ class Leader:
             case Record():
                 self._record(command.kind, command.fields)
             case End():
+                self._over = True
                 if command.reason:
                     print(f"moetion-run: ending the job: {command.reason}", file=sys.stderr)
                 self._everywhere({"op": "end", "reason": command.reason, "code": command.code})

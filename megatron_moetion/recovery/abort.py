@@ -18,6 +18,10 @@ Sockets = frozenset[tuple[int, str]]
 """(file descriptor, its `/proc` link): a descriptor that is used again has another link."""
 
 
+NO_PORT = -1
+"""Spares nothing."""
+
+
 def open_sockets() -> Sockets:
     """All sockets of this process."""
     found = set()

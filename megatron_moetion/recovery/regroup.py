@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from megatron_moetion.recovery.abort import Sockets, abort, open_sockets
+from megatron_moetion.recovery.abort import NO_PORT, Sockets, abort, cut, open_sockets
+from megatron_moetion.recovery.failure import Interrupted
 
 _SLOT = types.MemberDescriptorType
 
@@ -42,28 +44,50 @@ def _make_again(recipe: Recipe) -> Group:
     return dist.new_group(ranks=ranks, **recipe.options)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A group that this process is a member of, as long as it is not destroyed."""
+
+    group: Group
+    members: tuple[int, ...]
+    sockets: Sockets
+
+
 class GroupRecorder:
     """Remembers every process group in creation order.
 
     Creation order is the same on every rank (a rule of torch.distributed), so a group's position in
-    it names the
-    group across ranks: `name(group)`.
+    it names the group across ranks: `name(group)`.
     """
 
     def __init__(self) -> None:
         self._recipes: list[Recipe] = []
+        self._world: Group | None = None
         self._groups: list[Group] = []
         self._stale: dict[int, tuple[Group, str]] = {}
-        self._sockets: dict[int, Sockets] = {}
+        # Read by the thread that aborts while the training thread makes and destroys groups, when
+        # torch's own tables are in between.
+        self._made: dict[int, Made] = {}
+        self._before: Sockets | None = None
+        self._store_sockets: Sockets = frozenset()
+        self._cancelled = 0
         self.rebuilding = False
 
     def make(self, maker: Callable[[], Group]) -> Group:
-        """Makes a group, or the world, and notes its connections for `abort`."""
-        before = open_sockets()
-        group = maker()
+        """Makes a group, or the world (`maker` returns None), and notes its connections for
+        `abort`.
+        """
+        self._before = before = open_sockets()
+        try:
+            group = maker()
+        finally:
+            self._before = None
         known = dist.group.WORLD if group is None else group
+        if group is None and self._world is None:
+            self._world = known
         if isinstance(known, dist.ProcessGroup):
-            self._sockets[id(known)] = open_sockets() - before
+            members = tuple(dist.get_process_group_ranks(known))
+            self._made[id(known)] = Made(known, members, open_sockets() - before)
         return group
 
     def record(self, group: Group, ranks: list[int] | None, options: Mapping[str, Any]) -> None:
@@ -71,11 +95,29 @@ class GroupRecorder:
         self._recipes.append(Recipe(None if ranks is None else tuple(ranks), dict(options)))
         self._groups.append(group)
 
-    def abort(self, group: Group, spared_port: int) -> None:
-        """Wakes everybody who waits in this group, here and on its other members; any thread may
-        call it.
+    def abort(self, which: Callable[[tuple[int, ...]], bool], spared_port: int) -> None:
+        """Wakes everybody who waits in a group, here and on its other members; any thread may call
+        it.
+
+        Args:
+            which: decides by a group's members.
+            spared_port: the job's store listens there.
         """
-        abort(group, self._sockets.get(id(group), frozenset()), spared_port)
+        for made in list(self._made.values()):
+            if which(made.members):
+                abort(made.group, made.sockets, spared_port)
+
+    def cancel(self, epoch: int) -> None:
+        """Has a `rebuild` of an earlier epoch raise; any thread may call it.
+
+        A gloo connection that a dead peer was to open is still waited for, up to the timeout of the
+        groups.
+        """
+        self._cancelled = max(self._cancelled, epoch)
+        before = self._before
+        if self.rebuilding and before is not None:
+            # With its store gone, nothing more can be agreed on under the earlier epoch.
+            cut(self._store_sockets | (open_sockets() - before), NO_PORT)
 
     def name(self, group: Group | None) -> str:
         """`world`, or `g<position>`; stable over epochs.
@@ -83,7 +125,7 @@ class GroupRecorder:
         Raises:
             KeyError: for a group that was not made through the recorded function.
         """
-        if group is None or group is dist.group.WORLD:
+        if group is None or group is dist.group.WORLD or group is self._world:
             return "world"
         if id(group) in self._stale:
             return self._stale[id(group)][1]
@@ -112,37 +154,56 @@ class GroupRecorder:
 
     def live(self) -> list[Group]:
         """Groups that this rank is a member of, the world first."""
-        members = [g for g in self._groups if isinstance(g, dist.ProcessGroup)]
-        world = [dist.group.WORLD] if dist.is_initialized() else []
-        return world + members
+        return [made.group for made in self._made.values()]
 
-    def rebuild(self, init_world: Callable[[], None]) -> int:
+    def rebuild(
+        self, epoch: int, connect: Callable[[], None], init_world: Callable[[], None]
+    ) -> int:
         """Destroys all groups, makes them again, swaps references. Collective over the whole job.
 
+        When it raises, as another peer was lost, it can be called again under the next epoch.
+
         Args:
-            init_world: initialises torch.distributed under the new epoch.
+            epoch: the new generation of the groups.
+            connect: opens a new connection to the job's store.
+            init_world: initialises torch.distributed over it.
 
         Returns:
             The number of references that were swapped.
+
+        Raises:
+            Interrupted: `cancel` was called with a later epoch.
         """
-        old_world = dist.group.WORLD
-        old = [old_world, *self._groups]
+        old = [self._world, *self._groups]
         named = [(g, self.name(g)) for g in old if isinstance(g, dist.ProcessGroup)]
         self._stale |= {id(g): (g, name) for g, name in named}
         self.rebuilding = True
-        dist.destroy_process_group()
-        self._sockets.clear()
-        self.make(init_world)
-        fresh = [self.make(partial(_make_again, r)) for r in self._recipes]
+        self._made.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Groups meet in the store by their number. A world that was given up leaves its own behind,
+        # and the peers' numbers would be others.
+        distributed_c10d._world.group_count = 0
+        before = open_sockets()
+        connect()
+        self._store_sockets = open_sockets() - before
+        self._make_unless_cancelled(epoch, init_world)
+        again = [partial(_make_again, recipe) for recipe in self._recipes]
+        fresh = [self._make_unless_cancelled(epoch, maker) for maker in again]
         self.rebuilding = False
-        self._groups = fresh
+        self._world, self._groups = dist.group.WORLD, fresh
         pairs = {
             id(o): (o, n)
-            for o, n in zip(old, [dist.group.WORLD, *fresh], strict=True)
+            for o, n in zip(old, [self._world, *fresh], strict=True)
             if isinstance(o, dist.ProcessGroup)
         }
         keep = [old, named, self._stale, *self._stale.values(), *named]
         return swap_references(pairs, keep)
+
+    def _make_unless_cancelled(self, epoch: int, maker: Callable[[], Group]) -> Group:
+        if self._cancelled > epoch:
+            raise Interrupted(f"epoch {self._cancelled} began while groups were made again")
+        return self.make(maker)
 
 
 def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] = ()) -> int:

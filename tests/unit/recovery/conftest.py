@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 PROGRAM = Path(__file__).with_name("regroup_cases.py")
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two_ranks() -> list[dict[str, Any]]:
     """What each rank of `regroup_cases.py` observed."""
-    directory = tmp_path_factory.mktemp("gloo")
+    # As in a job, the store is no rank's.
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(directory)],
+            [sys.executable, str(PROGRAM), str(rank), str(server.port)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

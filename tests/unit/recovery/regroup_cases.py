@@ -1,6 +1,6 @@
 """One of two gloo ranks; `test_regroup.py` and `test_abort.py` read what it prints.
 
-Usage: regroup_cases.py GLOBAL_RANK DIRECTORY. Prints one JSON object: {case: outcome}.
+Usage: regroup_cases.py GLOBAL_RANK STORE_PORT. Prints one JSON object: {case: outcome}.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import sys
 import threading
 import traceback
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, PrefixStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # as in job.py
 
+from megatron_moetion.recovery.abort import NO_PORT
 from megatron_moetion.recovery.failure import is_communication_error
 from megatron_moetion.recovery.regroup import GroupRecorder
 
 WORLD_SIZE = 2
-NO_STORE_PORT = -1
 
 
 class Holder:
@@ -62,18 +61,24 @@ class Slotted:
 class Rank:
     """This process's groups over several epochs."""
 
-    def __init__(self, global_rank: int, directory: Path) -> None:
+    def __init__(self, global_rank: int, store_port: int) -> None:
         self.global_rank, self.epoch = global_rank, 0
-        self.store = FileStore(str(directory / "store"), WORLD_SIZE)
+        self.store_port = store_port
+        self.connect()
+        self.store = self.epoch_store
         self.recorder = GroupRecorder()
         self.recorder.make(lambda: self.init_world(0))
         self.pair, self.alone = self.new_group([0, 1]), self.new_group([0])
         self.holder, self.slotted = Holder(self.pair), Slotted(self.pair)
 
+    def connect(self) -> None:
+        limit = timedelta(seconds=60)
+        self.epoch_store = TCPStore("127.0.0.1", self.store_port, is_master=False, timeout=limit)
+
     def init_world(self, epoch: int) -> None:
         dist.init_process_group(
             "gloo",
-            store=PrefixStore(f"epoch/{epoch}", self.store),
+            store=PrefixStore(f"epoch/{epoch}", self.epoch_store),
             rank=self.global_rank,
             world_size=WORLD_SIZE,
             timeout=timedelta(seconds=60),
@@ -109,17 +114,45 @@ class Rank:
             # The other rank does nothing: it must be woken from here, once it waits.
             while self.store.add(posted, 0) < WORLD_SIZE:
                 os.sched_yield()
-            self.recorder.abort(group, NO_STORE_PORT)
+            members = tuple(dist.get_process_group_ranks(group))
+            self.recorder.abort(lambda which: which == members, NO_PORT)
         thread.join(30)
         if not caught:
             return "still waiting" if thread.is_alive() else "returned"
         return "woken" if is_communication_error(caught[0]) else f"unknown: {caught[0]}"
 
+    def give_up(self, epoch: int) -> str:
+        """Begins a rebuild that the other rank never joins, and aborts it from another thread."""
+        if self.global_rank == 1:
+            self.store.wait(["given up"])
+            return "woken"
+        begun = threading.Event()
+
+        def init_world() -> None:
+            begun.set()
+            self.init_world(epoch)
+
+        def cancel() -> None:
+            begun.wait()
+            self.recorder.cancel(epoch + 1)
+
+        cancelling = threading.Thread(target=cancel)
+        cancelling.start()
+        try:
+            self.recorder.rebuild(epoch, self.connect, init_world)
+        except (RuntimeError, dist.DistError) as error:
+            return "woken" if is_communication_error(error) else f"unknown: {error!r}"
+        else:
+            return "made without its peer"
+        finally:
+            cancelling.join()
+            self.store.set("given up", "")
+
     def regroup(self, epoch: int) -> dict[str, Any]:
         """Destroys and makes everything again; says what each reference became."""
         old, self.epoch = self.pair, epoch
         names = [self.recorder.name(g) for g in (None, old, self.alone)]
-        swapped = self.recorder.rebuild(lambda: self.init_world(epoch))
+        swapped = self.recorder.rebuild(epoch, self.connect, lambda: self.init_world(epoch))
         new = self.recorder.current(old)
         return {
             "swapped": swapped > 0,
@@ -136,20 +169,21 @@ class Rank:
         }
 
 
-def main(global_rank: int, directory: Path) -> dict[str, Any]:
+def main(global_rank: int, store_port: int) -> dict[str, Any]:
     """Plays all cases in order; both ranks do the same."""
-    rank = Rank(global_rank, directory)
+    rank = Rank(global_rank, store_port)
     before = [rank.total(None), rank.total(rank.pair)]
     wakes = [rank.abort_wakes(rank.pair)]
     first = rank.regroup(1)
     wakes.append(rank.abort_wakes(rank.pair))
-    second = rank.regroup(2)
+    wakes.append(rank.give_up(2))
+    second = rank.regroup(3)
     return {"before": before, "wakes": wakes, "first": first, "second": second}
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(int(sys.argv[1]), Path(sys.argv[2]))))
+        print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
