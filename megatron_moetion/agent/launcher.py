@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--spares",
         type=int,
         choices=(0, 1),
-        default=1,
-        help="1: a warm process imports once and forks all workers of this node; 0: cold starts",
+        help="1: a warm process imports once and forks all workers of this node, 0: cold starts "
+        "(default 1 with --moetion, else 0)",
     )
     # torchrun's defaults cannot be told from a choice; ours depend on the number of nodes.
     parser.set_defaults(
@@ -189,7 +189,7 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         ),
         env=env,
         protected=protected,
-        num_spares=args.spares,
+        num_spares=int(protected) if args.spares is None else args.spares,
         directory=option(script_args, "--moetion-dir") or default_dir,
         secret=bytes.fromhex(secret),
         timeout=rendezvous.timeout,

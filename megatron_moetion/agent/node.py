@@ -248,8 +248,8 @@ class Node:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
     def _keep_spare(self) -> None:
-        wanted = self._job.protected and self._job.num_spares and self._job.program.interpreter
-        if wanted and self._spare is None:
+        wanted = self._job.num_spares > 0 and self._spare is None
+        if wanted and self._job.program.interpreter:
             self._spare = Spare(self._job.program.interpreter, self._job.env)
             self._selector.register(self._spare.socket, selectors.EVENT_READ, self._spare)
             self._watch(self._spare.child)

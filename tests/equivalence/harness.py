@@ -78,6 +78,7 @@ class Runner:
         flags: Sequence[str] = (),
         variant: str = "demo",
         launcher: str = "megatron_moetion.agent.launcher",
+        launcher_flags: Sequence[str] = (),
         script: Path = PRETRAIN,
         env: Mapping[str, str] | None = None,
         model: Mapping[str, int] | None = None,
@@ -93,19 +94,20 @@ class Runner:
             variant, train_iters=iterations, data_prefix=self._data_prefix, **(model or {})
         )
         # The last of two equal flags counts. Decay reaches beyond the longest run, so that every
-        # step shows.
-        words += ["--num-layers", str(layers), "--lr-decay-iters", "400", "--eval-iters", "0"]
+        # step shows. Two experts on a rank are as good as four, and faster.
+        words += ["--num-layers", str(layers), "--num-experts", "4"]
+        words += ["--lr-decay-iters", "400", "--eval-iters", "0"]
         words += ["--moetion-digest-interval", "1", "--moetion-dir", str(directory), *flags]
         words = [word for word in words if word not in without]
         directory.mkdir(parents=True, exist_ok=True)
-        program = [str(script), *words]
+        program = [*launcher_flags, str(script), *words]
         code = _launch(launcher, nodes, program, _environment(env or {}), directory / "log")
         self._done[name] = Run(directory, code, (directory / "log").read_text())
         return self._done[name]
 
     def off(self, name: str, **options: Any) -> Run:
-        """Trains without protection: only the digest row, under plain torchrun."""
-        return self.run(name, launcher="torch.distributed.run", **options)
+        """Trains without protection: only the digest row."""
+        return self.run(name, launcher_flags=["--spares", "1"], **options)
 
 
 def _launch(launcher: str, nodes: int, program: list[str], env: dict[str, str], log: Path) -> int:

@@ -178,6 +178,8 @@ def main(global_rank: int, store_port: int) -> dict[str, Any]:
     wakes.append(rank.abort_wakes(rank.pair))
     wakes.append(rank.give_up(2))
     second = rank.regroup(3)
+    rank.recorder.forget_stale()
+    dist.destroy_process_group()
     return {"before": before, "wakes": wakes, "first": first, "second": second}
 
 
