@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-KINDS = ("kill", "raise", "exit")
+KINDS = ("kill", "raise", "exit", "corrupt")
 PLACES = (
     "start",
     "forward",
@@ -38,7 +38,7 @@ class Fault:
 
     Attributes:
         kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
-            once).
+            once), `corrupt` (a bit of the frame of that iteration flips after it was sealed).
         global_rank: who fails.
         iteration: in which iteration (1 is the first optimizer step).
         place: one of PLACES.
@@ -71,6 +71,8 @@ def _parse_one(text: str) -> Fault:
         raise ValueError(
             f"fault '{text}': only forward:K and backward:K take a microbatch, and need one"
         )
+    if kind == "corrupt" and place != "capture":
+        raise ValueError(f"fault '{text}': what is corrupted is a frame, write at=capture")
     try:
         numbers = [int(x) for x in (fields["global_rank"], fields["iteration"], count or "0")]
     except ValueError:
@@ -112,10 +114,24 @@ class Injector:
     def reach(self, place: str, iteration: int, microbatch: int | None = None) -> None:
         """Called where a fault may fire; does nothing unless one is due here."""
         for index, fault in tuple(self._mine.items()):
-            if (fault.place, fault.iteration, fault.microbatch) == (place, iteration, microbatch):
-                del self._mine[index]
-                self._on_fire(index, fault)
+            here = (fault.place, fault.iteration, fault.microbatch) == (
+                place,
+                iteration,
+                microbatch,
+            )
+            if here and fault.kind != "corrupt":
+                self._take(index)
                 _fire(fault)
+
+    def corrupts(self, iteration: int) -> bool:
+        """Whether the frame of this iteration is to be damaged; true once."""
+        due = [i for i, f in self._mine.items() if (f.kind, f.iteration) == ("corrupt", iteration)]
+        for index in due:
+            self._take(index)
+        return bool(due)
+
+    def _take(self, index: int) -> None:
+        self._on_fire(index, self._mine.pop(index))
 
 
 def _fire(fault: Fault) -> NoReturn:

@@ -40,6 +40,7 @@ from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, sources, to_meta
 from megatron_moetion.topology import Topology
+from megatron_moetion.vault import CorruptEntry
 
 
 class StopReplay(Exception):
@@ -215,9 +216,14 @@ class Session:
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
         meta = to_meta(iteration, plan, pieces)
-        self.copier.seal(
-            self._frame, key, lambda: vault.seal(key, meta), lambda: vault.abandon(key)
-        )
+        damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
+
+        def publish() -> None:
+            vault.seal(key, meta)
+            if damage:
+                data[0] ^= 1
+
+        self.copier.seal(self._frame, key, publish, lambda: vault.abandon(key))
         if self.cursor.mode is not Mode.LIVE:
             # The starting state, or a replay that is about to overwrite the sources.
             self._frame.wait()
@@ -318,10 +324,15 @@ class Session:
                 self._only_superseded(again, epoch)
 
     def _only_superseded(self, error: Exception, epoch: int) -> None:
-        """Passes when recovery was cut short by another failure; anything else is raised again."""
+        """Passes when recovery was cut short by another failure or a damaged entry, to be begun
+        again under another epoch; anything else is raised again.
+        """
         if isinstance(error, Superseded):
             return
-        if not is_communication_error(error):
+        if isinstance(error, CorruptEntry):
+            damaged = {"global_rank": error.global_rank, "key": error.key, "reason": str(error)}
+            self.job.send("damaged", epoch=epoch, **damaged)
+        elif not is_communication_error(error):
             raise error
         self.job.notices.failure(error, epoch)
         self.host.reset_after_abort()

@@ -90,6 +90,15 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Have a damaged entry of the vault never be used again."""
+
+    global_rank: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Record:
     """An event for the timeline."""
 
@@ -105,4 +114,4 @@ class End:
     code: int
 
 
-Command = Notify | Replace | Gather | Record | End
+Command = Notify | Replace | Gather | Forget | Record | End

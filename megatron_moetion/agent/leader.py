@@ -16,6 +16,7 @@ from megatron_moetion.agent.decision import (
     Event,
     Exited,
     Expired,
+    Forget,
     Gather,
     Gathered,
     Notify,
@@ -174,6 +175,14 @@ class Leader:
                 self._send(self._members.node_of(command.global_rank), order)
             case Gather():
                 self._everywhere({"op": "gather", "epoch": command.epoch})
+            case Forget():
+                forget: Message = {
+                    "op": "forget",
+                    "global_rank": command.global_rank,
+                    "key": command.key,
+                    "reason": command.reason,
+                }
+                self._send(self._members.node_of(command.global_rank), forget)
             case Record():
                 self._record(command.kind, command.fields)
             case End():

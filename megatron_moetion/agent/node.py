@@ -222,6 +222,8 @@ class Node:
             case "replace":
                 self._epoch, self._fired = order["epoch"], order["fired"]
                 self._start(order["global_rank"])
+            case "forget":
+                self._forget(order["global_rank"], order["key"], order["reason"])
             case "gather":
                 self._gather(order["epoch"])
             case "end":
@@ -233,6 +235,11 @@ class Node:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
             self._keep_spare()
+
+    def _forget(self, global_rank: int, key: str, reason: str) -> None:
+        self._store.forget(global_rank, key)
+        self._log.emit("quarantined", global_rank=global_rank, key=key, reason=reason)
+        print(f"moetion-run: {reason}: not used any more", file=sys.stderr)
 
     def _gather(self, epoch: int) -> None:
         ranks = self._own.global_ranks

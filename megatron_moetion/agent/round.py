@@ -14,6 +14,7 @@ from megatron_moetion.agent.decision import (
     Event,
     Exited,
     Expired,
+    Forget,
     Gather,
     Gathered,
     Json,
@@ -126,21 +127,35 @@ class Round:
 
     def _freeze(self, event: Exited) -> list[Command]:
         rank = event.global_rank
-        self._machine.take(Step.FAILED)
-        self.epoch += 1
         self._dead.add(rank)
         self._ready.discard(rank)
-        self._answers = _Answers()
-        if not self._survivors:
-            return self._hopeless("no survivor is left")
-        live = tuple(sorted(self._survivors | self._ready))
-        dead = sorted(self._dead)
-        failure = {"epoch": self.epoch, "global_rank": rank, "code": event.code, "dead": dead}
+        freeze = self._begin()
+        failure = {"epoch": self.epoch, "global_rank": rank, "code": event.code}
         return [
-            Record("detected", failure),
-            Notify(live, {"op": "freeze", "epoch": self.epoch, "dead": dead}),
+            Record("detected", {**failure, "dead": sorted(self._dead)}),
+            freeze,
             Replace(rank, self.epoch, tuple(sorted(self._fired))),
+            # Without survivors nobody has to be asked.
+            *self._advance(),
         ]
+
+    def _begin(self) -> Notify:
+        """A new round, of a new epoch."""
+        self._machine.take(Step.FAILED)
+        self.epoch += 1
+        self._answers = _Answers()
+        live = tuple(sorted(self._survivors | self._ready))
+        return Notify(live, {"op": "freeze", "epoch": self.epoch, "dead": sorted(self._dead)})
+
+    def _damaged(self, message: Mapping[str, Any]) -> list[Command]:
+        """What was read for a recovery is not what was sealed: plan again without it."""
+        owner, key, reason = message["global_rank"], message["key"], message["reason"]
+        if not key.startswith("frame/"):
+            return self._hopeless(f"{reason}; there is no other copy of it")
+        forget = Forget(owner, key, reason)
+        if message["epoch"] != self.epoch:
+            return [forget]
+        return [forget, self._begin(), *self._advance()]
 
     def _said(self, rank: int, message: Mapping[str, Any]) -> list[Command]:
         match message["op"]:
@@ -148,6 +163,8 @@ class Round:
                 self._fired.add(int(message["index"]))
             case "finished":
                 self._finished.add(rank)
+            case "damaged":
+                return self._damaged(message)
             case "hopeless":
                 return self._hopeless(str(message["reason"]))
             case "ready" if rank in self._dead:
@@ -183,8 +200,12 @@ class Round:
         return self._advance()
 
     def _advance(self) -> list[Command]:
-        if self.missing():
-            return []
+        commands: list[Command] = []
+        while self.phase is not Phase.TRAINING and not self.missing():
+            commands += self._leave_phase()
+        return commands
+
+    def _leave_phase(self) -> list[Command]:
         match self.phase:
             case Phase.PLANNING:
                 return self._verdict()
@@ -203,16 +224,14 @@ class Round:
                 return self._facts()
             case Phase.RESTORING:
                 return self._resume()
-            case _:
-                return []
+            case other:
+                raise AssertionError(f"{other} is not left by an answer")
 
     def _living(self) -> tuple[int, ...]:
         return tuple(sorted(self._survivors))
 
     def _verdict(self) -> list[Command]:
-        # A survivor that passed the barrier of iteration t proves that everybody may finish t.
-        reported = [position["committed"] for position in self._answers.positions.values()]
-        self._committed = max(reported)
+        self._committed = _furthest(self._answers.positions)
         self._machine.take(Step.REPORTED)
         fields = {"epoch": self.epoch, "committed": self._committed}
         return [Notify(self._living(), {"op": "verdict", **fields}), Record("planned", fields)]
@@ -224,6 +243,9 @@ class Round:
         for node_rank in sorted(self._answers.gathered):
             frames |= self._answers.gathered[node_rank].frames
             positions |= self._answers.gathered[node_rank].positions
+        if not self._answers.positions:
+            # Nobody lives; what the dead said last, their agents know.
+            self._committed = _furthest(positions)
         reports = {str(rank): position for rank, position in self._answers.positions.items()}
         facts = {
             "op": "facts",
@@ -266,3 +288,8 @@ class Round:
             Record("ended", {"epoch": self.epoch, "reason": reason}),
             End(reason, self._first_code or 1),
         ]
+
+
+def _furthest(positions: Mapping[Any, Json]) -> int:
+    """A rank that passed the barrier of iteration t proves that everybody may finish t."""
+    return max((position["committed"] for position in positions.values()), default=0)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_moetion.inbox.key import Key
 from megatron_moetion.snapshot import bundle
+from megatron_moetion.vault import CorruptEntry
 
 
 class Entry(Protocol):
@@ -55,9 +56,20 @@ class InboxLog:
         self._store.put(str(key), data, meta)
 
     def read_state(self, key: Key, global_ranks: Iterable[int] | None = None) -> Any:
-        """The logged state, or None when none of these ranks (default: this one) has it."""
+        """The logged state, or None when none of these ranks (default: this one) has it.
+
+        Raises:
+            CorruptEntry: each copy that there is is damaged.
+        """
+        damaged: CorruptEntry | None = None
         for rank in (self._global_rank,) if global_ranks is None else global_ranks:
-            entry = self._store.fetch(rank, str(key))
+            try:
+                entry = self._store.fetch(rank, str(key))
+            except CorruptEntry as error:
+                damaged = error
+                continue
             if entry is not None:
                 return bundle.unpack(entry.meta, entry.data, self._device)
+        if damaged is not None:
+            raise damaged
         return None

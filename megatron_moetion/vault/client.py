@@ -18,6 +18,13 @@ from megatron_moetion.vault.store import VaultStore
 class CorruptEntry(RuntimeError):
     """The bytes of an entry are not those that were sealed."""
 
+    def __init__(self, global_rank: int, key: str, sealed: str, read: str) -> None:
+        super().__init__(
+            f"vault entry {key} of rank {global_rank} is damaged: sealed as {sealed}, read back as"
+            f" {read}"
+        )
+        self.global_rank, self.key = global_rank, key
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -207,10 +214,7 @@ class Vault:
         data, expected, meta = found
         actual = checksum(data.numpy())
         if actual != expected:
-            raise CorruptEntry(
-                f"vault entry {key} of rank {global_rank} is damaged:"
-                f" sealed as {expected}, read back as {actual}"
-            )
+            raise CorruptEntry(global_rank, key, expected, actual)
         return Fetched(data, meta)
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:

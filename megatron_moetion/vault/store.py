@@ -75,6 +75,13 @@ class VaultStore:
             for key in [key for key in index if split_key(key)[1] < below]:
                 self._leave(index.pop(key))
 
+    def forget(self, global_rank: int, key: str) -> None:
+        """Forget one entry; no-op if there is none."""
+        with self._lock:
+            entry = self._index.get(global_rank, {}).pop(key, None)
+            if entry is not None:
+                self._leave(entry)
+
     def orphan(self, global_rank: int) -> None:
         """The worker of this rank is gone; its sealed entries stay, its empty chunks come back."""
         with self._lock:

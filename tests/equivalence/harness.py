@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
     r".*?(lm loss: .*?nan iterations: +\d+)"
 )
+OVER = "[the run is over]\n"
 LIMIT_SECONDS = 900
 """A run that hangs is killed, not waited for; far above what any of them takes."""
 
@@ -85,8 +88,13 @@ class Runner:
         layers: int = 2,
         nodes: int = 1,
         without: Sequence[str] = (),
+        meddle: Callable[[Path], None] | None = None,
     ) -> Run:
-        """Trains and returns what was recorded; the exit code is the caller's business."""
+        """Trains and returns what was recorded; the exit code is the caller's business.
+
+        Args:
+            meddle: called with the run's directory in a thread of its own while the run goes on.
+        """
         if name in self._done:
             return self._done[name]
         directory = self._scratch / name
@@ -101,7 +109,15 @@ class Runner:
         words = [word for word in words if word not in without]
         directory.mkdir(parents=True, exist_ok=True)
         program = [*launcher_flags, str(script), *words]
+        (directory / "log").touch()
+        meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
+        if meddling is not None:
+            meddling.start()
         code = _launch(launcher, nodes, program, _environment(env or {}), directory / "log")
+        if meddling is not None:
+            with (directory / "log").open("a") as log:
+                log.write(OVER)
+            meddling.join()
         self._done[name] = Run(directory, code, (directory / "log").read_text())
         return self._done[name]
 
@@ -155,6 +171,26 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **extra,
     }
+
+
+def follow(log: Path) -> Iterator[str]:
+    """Lines of a log as they are written, until the caller has seen enough."""
+    with subprocess.Popen(
+        ["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True
+    ) as tail:
+        assert tail.stdout is not None
+        try:
+            yield from iter(tail.stdout.readline, OVER)
+        finally:
+            tail.kill()
+
+
+def kill_workers(directory: Path, global_ranks: Sequence[int]) -> None:
+    """SIGKILL from outside, at whatever they are doing."""
+    started = [e for e in events.read(directory) if e["kind"] == "started"]
+    pids = {e["global_rank"]: e["pid"] for e in started}
+    for rank in global_ranks:
+        os.kill(pids[rank], signal.SIGKILL)
 
 
 def assert_same_bits(run: Run, reference: Run, iterations: int) -> None:
