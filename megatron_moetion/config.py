@@ -73,6 +73,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _memory(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0.0 < gib < float("inf"):
+        raise ValueError("give 'auto' or GiB, above 0")
+    return gib
+
+
 def _fault(text: str) -> str:
     if text and not _parse_faults(text):
         raise ValueError(
@@ -154,6 +166,16 @@ class Config:
             _fault,
         ),
     )
+    memory_gib: float | Literal["auto"] = field(
+        default="auto",
+        metadata=_flag(
+            "--moetion-memory",
+            "auto|GIB",
+            "Host memory for frames and logs on each node. auto: what the machine and its cgroup "
+            "have free at the start. A run that needs more is refused.",
+            _memory,
+        ),
+    )
     timeout_seconds: float = field(
         default=600.0,
         metadata=_flag(
@@ -168,6 +190,11 @@ class Config:
     def timeout(self) -> timedelta:
         """The one time limit."""
         return timedelta(seconds=self.timeout_seconds)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit for each node; None takes what is free."""
+        return None if self.memory_gib == "auto" else int(self.memory_gib * 2**30)
 
     @property
     def window_size(self) -> int:

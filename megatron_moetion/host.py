@@ -28,6 +28,11 @@ class Host(Protocol):
     def buffers(self) -> Mapping[str, torch.Tensor]:
         """Model buffers by canonical name; live, not copies."""
 
+    def inbox(self) -> Mapping[str, tuple[int, int]]:
+        """At most what this rank logs in one iteration, by kind of entry: how many, and the bytes
+        of each.
+        """
+
     def start_state(self) -> State:
         """State at an iteration's start that is no parameter, optimizer tensor or buffer."""
 

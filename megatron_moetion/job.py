@@ -26,6 +26,7 @@ from megatron_moetion.recovery.failure import Superseded
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
 from megatron_moetion.recovery.regroup import GroupRecorder
 from megatron_moetion.vault import LocalVault, Vault
+from megatron_moetion.vault.budget import Claim, MemoryDoesNotFit, free_bytes, refusal
 
 Notice = dict[str, Any]
 
@@ -134,6 +135,22 @@ class Job:
         """Tells the agent, if there is one."""
         if self.link is not None:
             self.link.send({"op": op, **fields})
+
+    def claim_memory(self, claim: Claim) -> None:
+        """Returns once the claims of all ranks of this node are known to fit.
+
+        Raises:
+            MemoryDoesNotFit: without an agent; with one, the agent ends the job.
+        """
+        limit = self.config.memory_bytes
+        if self.link is not None:
+            self.link.request({"op": "claim", "limit": limit, **claim.to_json()})
+            return
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        alike = dict.fromkeys(range(num_local), claim)
+        reason = refusal(alike, free_bytes() if limit is None else limit)
+        if reason is not None:
+            raise MemoryDoesNotFit(reason)
 
     def receive_facts(self, epoch: int) -> Facts:
         self.facts = facts_of(self.notices.wait("facts", epoch))

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, sources, to_meta
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
+from megatron_moetion.vault.budget import Claim, need_of
 
 
 class StopReplay(Exception):
@@ -115,13 +116,14 @@ class Session:
         self.cursor.counts = Counter()
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
+        # Before anything new is logged: what is claimed at the start counts on that.
+        self.job.vault.drop(iteration - self.schedule.frames_kept)
         key = HeaderKey(iteration)
         known = self.log.read_state(key) if self._position.iteration == iteration else None
         if known is None:
             self.log.write_state(key, self.host.start_state())
         else:
             self.host.load_start_state(known)
-        self.job.vault.drop(iteration - self.schedule.frames_kept)
         self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
         self.reached("start")
 
@@ -232,6 +234,23 @@ class Session:
         self.job.events.emit("seal-failed", key=key, error=str(error))
         text = f"moetion: {key} of global rank {self.job.global_rank} is not sealed: {error}"
         print(text, file=sys.stderr, flush=True)
+
+    def claim_memory(self, other_windows: Mapping[int, Schedule]) -> None:
+        """Has this node check that the frames and logs of its ranks fit in its memory.
+
+        Args:
+            other_windows: what could be asked for instead, by W, for the refusal.
+        """
+        inbox = self.host.inbox()
+        buffers = sum(tensor.nbytes for tensor in self.host.buffers().values())
+        operators = self.host.operators
+        need = need_of(self.schedule, operators, buffers, inbox)
+        others = {
+            window: need_of(schedule, operators, buffers, inbox).total
+            for window, schedule in other_windows.items()
+        }
+        self.job.events.emit("claimed", nbytes=need.total)
+        self.job.claim_memory(Claim(need, others))
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""

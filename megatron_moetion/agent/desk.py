@@ -17,6 +17,7 @@ from typing import Any
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
+from megatron_moetion.vault.budget import Claim, free_bytes, refusal, table
 from megatron_moetion.vault.entry import Entry
 from megatron_moetion.vault.store import VaultStore
 
@@ -94,6 +95,8 @@ class Desk:
         self._workers: dict[int, Channel] = {}
         self._early: dict[int, list[Message]] = {}
         self._positions: dict[int, dict[str, Any]] = {}
+        self._claims: dict[int, Claim] = {}
+        self._claimants: list[tuple[Channel, int]] = []
 
     def open(self, listener: Listener) -> None:
         """Accept connections for as long as the process lives."""
@@ -206,6 +209,8 @@ class Desk:
                     chunk = self._store.new_chunk(rank, message["nbytes"])
                     reply = {"chunk": chunk.number, "path": chunk.path, "nbytes": chunk.nbytes}
                     channel.send({"op": "chunk", "id": message["id"], **reply})
+                case "claim":
+                    self._claim(rank, channel, message)
                 case "fetch":
                     self._fetch(channel, message)
                 case "inventory":
@@ -218,6 +223,26 @@ class Desk:
                 channel.send({"op": "refused", "id": message["id"], "reason": reason})
             else:
                 self._post(FromWorker(rank, {"op": "hopeless", "reason": reason}))
+
+    def _claim(self, rank: int, channel: Channel, message: Message) -> None:
+        """Hold every rank's answer back until all have asked and the node can tell."""
+        with self._lock:
+            self._claims[rank] = Claim.from_json(message)
+            self._claimants.append((channel, message["id"]))
+            if self._claims.keys() < set(self._members.own.global_ranks):
+                return
+        limit = message["limit"]
+        available = free_bytes() if limit is None else limit
+        reason = refusal(self._claims, available)
+        if reason is not None:
+            reason = f"node {self._members.own.node_rank}: {reason}"
+            self._post(FromWorker(rank, {"op": "hopeless", "reason": reason}))
+            return
+        if self._members.own.node_rank == 0:
+            needs = {global_rank: claim.need for global_rank, claim in self._claims.items()}
+            print(f"moetion-run: {table(needs, available)}", file=sys.stderr)
+        for claimant, request_id in self._claimants:
+            claimant.send({"op": "granted", "id": request_id})
 
     def _fetch(self, channel: Channel, message: Message) -> None:
         owner, request_id = message["global_rank"], message["id"]

@@ -75,6 +75,7 @@ class Node:
                 self._turn()
             return self._code
         finally:
+            self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
             self._store.close()
             self._log.close()

@@ -234,11 +234,18 @@ class Vault:
 
     def _chunk_for(self, kind: str, iteration: int, nbytes: int) -> _OpenChunk:
         if kind == "frame":
-            return self._take(nbytes)
+            return self._take_any(nbytes) or self._take(nbytes)
         chunk = self._filling.get((kind, iteration))
         if chunk is None or align(chunk.end) + nbytes > chunk.memory.numel():
             chunk = self._filling[kind, iteration] = self._take(nbytes)
         return chunk
+
+    def _take_any(self, nbytes: int) -> _OpenChunk | None:
+        """The smallest free chunk that is large enough: the one of the dense first frame, which is
+        the largest of all, must not lie idle for ever.
+        """
+        capacity = min((c for c, free in self._free.items() if free and c >= nbytes), default=None)
+        return None if capacity is None else self._free[capacity].pop()
 
     def _take(self, nbytes: int) -> _OpenChunk:
         free = self._free.get(size_class(nbytes))

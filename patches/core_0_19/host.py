@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.num_microbatches_calculator import update_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_num_microbatches,
+    update_num_microbatches,
+)
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
@@ -40,6 +43,10 @@ _RERUN = (
     "large_value_counts",
     "max_values",
 )
+_SMALL = 1 << 20
+"""Bytes that random states, metrics and scalars of an iteration stay below."""
+_PADDING = 1 << 10
+"""Bytes lost between the tensors of a batch at most, as each begins at a multiple of 64."""
 _NORM_GROUPS = "_has_grad_norm_group_cache"
 _SCALARS = (bool, int, float, str, tuple, torch.Tensor, type(None))
 
@@ -90,6 +97,27 @@ class MegatronHost:
 
     def buffers(self) -> Mapping[str, torch.Tensor]:
         return canonical_buffers(self.model)
+
+    def inbox(self) -> Mapping[str, tuple[int, int]]:
+        args = get_args()
+        tokens = args.seq_length * args.micro_batch_size
+        passes = get_num_microbatches() * len(self.model)
+        activation = tokens * args.hidden_size * self._config.pipeline_dtype.itemsize
+        if args.sequence_parallel:
+            activation //= args.tensor_model_parallel_size
+        # Tokens, labels and positions of 8 bytes, a loss mask of 4, and perhaps a mask of pairs.
+        batch = tokens * (3 * 8 + 4)
+        if args.create_attention_mask_in_dataloader:
+            batch += tokens * args.seq_length
+        tied = not args.untie_embeddings_and_output_weights
+        rows = args.padded_vocab_size // args.tensor_model_parallel_size
+        return {
+            "boundary": (2 * passes, activation),
+            "batch": (passes, batch + _PADDING),
+            "collective": (1, _SMALL + tied * rows * args.hidden_size * 4),
+            "header": (1, _SMALL),
+            "result": (1, _SMALL),
+        }
 
     def start_state(self) -> State:
         args, rerun = get_args(), get_rerun_state_machine()

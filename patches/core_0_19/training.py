@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ JOB: Job | None = None
 SESSION: Session | None = None
 DIGEST_INTERVAL = 0
 DIGEST_DIRECTORY = Path("moetion")
+WINDOWS = range(1, 17)
+"""Windows that a refusal for lack of memory may propose."""
 
 
 def job() -> Job:
@@ -264,11 +267,14 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
-    plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
+    policy = WindowPolicy(this.config.window_policy)
+    plan = generate(units, this.config.window_size, policy)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
     SESSION = Session(this, where, host_view, plan)
+    if not this.replacement:
+        SESSION.claim_memory({window: generate(units, window, policy) for window in WINDOWS})
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -340,6 +346,8 @@ def unprotected(what: str) -> Callable[..., Any]:
 def finished(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`pretrain`: what comes after it is the user's own business."""
     result = host(*args, **kwargs)
+    if SESSION is not None:
+        job().events.emit("memory", **asdict(job().vault.usage()))
     job().send("finished")
     return result
 

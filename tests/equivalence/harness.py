@@ -25,7 +25,8 @@ LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
     r".*?(lm loss: .*?nan iterations: +\d+)"
 )
-OVER = "[the run is over]\n"
+OVER = '{"kind":"over","who":"test","time":0,"monotonic_ns":0}\n'
+"""Ends what `follow` reads; an event that is none, so that it may stand in either kind of file."""
 LIMIT_SECONDS = 900
 """A run that hangs is killed, not waited for; far above what any of them takes."""
 
@@ -115,8 +116,9 @@ class Runner:
             meddling.start()
         code = _launch(launcher, nodes, program, _environment(env or {}), directory / "log")
         if meddling is not None:
-            with (directory / "log").open("a") as log:
-                log.write(OVER)
+            for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
+                with file.open("a") as log:
+                    log.write(OVER)
             meddling.join()
         self._done[name] = Run(directory, code, (directory / "log").read_text())
         return self._done[name]
@@ -173,10 +175,12 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def follow(log: Path) -> Iterator[str]:
-    """Lines of a log as they are written, until the caller has seen enough."""
+def follow(file: Path, after: int = 0) -> Iterator[str]:
+    """Lines behind the first `after` bytes, as they are written, until the caller has seen enough
+    or the run is over.
+    """
     with subprocess.Popen(
-        ["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True
+        ["tail", "-c", f"+{after + 1}", "-F", str(file)], stdout=subprocess.PIPE, text=True
     ) as tail:
         assert tail.stdout is not None
         try:
@@ -191,6 +195,13 @@ def kill_workers(directory: Path, global_ranks: Sequence[int]) -> None:
     pids = {e["global_rank"]: e["pid"] for e in started}
     for rank in global_ranks:
         os.kill(pids[rank], signal.SIGKILL)
+
+
+def assert_within_claim(run: Run) -> None:
+    """The vault never took more memory than its ranks had claimed before the first step."""
+    claimed = sum(e["nbytes"] for e in run.events("claimed"))
+    (node,) = run.events("vault")
+    assert 0 < node["allocated_bytes"] <= claimed, (node["allocated_bytes"], claimed)
 
 
 def assert_same_bits(run: Run, reference: Run, iterations: int) -> None:

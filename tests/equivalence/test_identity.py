@@ -9,7 +9,7 @@ iterations apart.
 
 import pytest
 
-from .harness import Run, Runner, assert_same_bits, kills
+from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
 
 PLACES = (
     "forward:1",
@@ -68,6 +68,7 @@ def test_capture_and_logging_change_nothing(runner: Runner, off: Run) -> None:
     assert on.code == 0, on.tail()
     assert on.recoveries == []
     assert_same_bits(on, off, 40)
+    assert_within_claim(on)
 
 
 @pytest.mark.parametrize("policy", ["rolling", "tumbling"])
@@ -79,6 +80,7 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
     run = runner.run(policy, iterations=BOTH_STAGES, flags=[*flags, *kills(*failures)])
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, BOTH_STAGES)
+    assert_within_claim(run)
     # One more where the frame of the committed iteration was not sealed: that lag is one iteration.
     unsealed = dict.fromkeys(("optimizer", "param-gather", "capture"), window)
     rolling = {**unsealed, "else": window - 1}
@@ -100,6 +102,15 @@ def test_overlapped_communication_is_recovered_bit_for_bit(runner: Runner, off: 
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, ONE_EACH)
     _check_recoveries(run, failures, {"else": 4})
+
+
+def test_a_run_whose_frames_do_not_fit_in_memory_is_refused_in_one_line(runner: Runner) -> None:
+    run = runner.run("too-big", iterations=5, flags=["--moetion", "--moetion-memory", "0.01"])
+    assert run.code != 0
+    assert run.lines == []
+    said = [line for line in run.log.splitlines() if "moetion-run: ending the job" in line]
+    assert len(said) == 1, run.tail()
+    assert "of host memory and 10 MiB may be taken" in said[0]
 
 
 def test_a_failure_in_iterations_one_and_two_and_any_kind_of_death_is_recovered(

@@ -2,18 +2,39 @@
 
 from pathlib import Path
 
+from megatron_moetion.events import FOLDER
+
 from .harness import Run, Runner, assert_same_bits, follow, kill_workers
 
-MOMENTS = {8: (0, 1, 2, 3), 19: (2, 3), 30: (0, 3), 41: (1, 2, 3), 52: (1, 0)}
-"""{iteration whose log line is waited for: who is killed then}: everybody, each stage, both."""
-LAST = 63
+MOMENTS: dict[int, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
+    8: ((0, 1, 2, 3), "", ()),
+    19: ((2, 3), "", ()),
+    30: ((0, 3), "", ()),
+    41: ((1, 2, 3), "", ()),
+    52: ((3,), "detected", (0,)),
+    63: ((1,), "planned", (2,)),
+    74: ((2,), "settled", (3,)),
+    85: ((0,), "quiesced", (0,)),
+    96: ((3,), "gathered", (1,)),
+}
+"""{iteration whose log line is waited for: (who is killed then, an event of the recovery that is
+waited for, who is killed at that)}. The last event is the one right before groups are made again.
+"""
+LAST = 108
 
 
 def _kill_at_each_moment(directory: Path) -> None:
     moments = dict(MOMENTS)
     for line in follow(directory / "log"):
         for iteration in [i for i in moments if f" iteration {i:8d}/" in line]:
-            kill_workers(directory, moments.pop(iteration))
+            first, kind, second = moments.pop(iteration)
+            (agent,) = (directory / FOLDER).glob("agent-*")
+            told = follow(agent, after=agent.stat().st_size)
+            kill_workers(directory, first)
+            if kind:
+                next(line for line in told if f'"kind":"{kind}"' in line)
+                kill_workers(directory, second)
+            told.close()
         if not moments:
             return
 
@@ -23,5 +44,6 @@ def test_any_number_of_workers_is_replaced_as_long_as_their_agents_live(
 ) -> None:
     run = runner.run("several", iterations=LAST, flags=["--moetion"], meddle=_kill_at_each_moment)
     assert run.code == 0, run.tail()
-    assert [e["recovered"] for e in run.recoveries] == [sorted(who) for who in MOMENTS.values()]
+    killed = [sorted({*first, *second}) for first, _, second in MOMENTS.values()]
+    assert [e["recovered"] for e in run.recoveries] == killed
     assert_same_bits(run, off, LAST)

@@ -18,6 +18,7 @@ FLAGS = {
     "--moetion-dir": "DIR",
     "--moetion-digest-interval": "N",
     "--moetion-fault": "SPEC",
+    "--moetion-memory": "auto|GIB",
     "--moetion-timeout": "SECONDS",
 }
 README = ROOT / "README.md"

@@ -23,6 +23,7 @@ FLAGS = [
     "--moetion-dir",
     "--moetion-digest-interval",
     "--moetion-fault",
+    "--moetion-memory",
     "--moetion-timeout",
 ]
 """Frozen: a flag is a promise to users."""

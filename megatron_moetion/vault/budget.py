@@ -1,0 +1,180 @@
+"""How much host memory a rank's part of the vault can come to, known before the first step. Pure
+but for `free_bytes`.
+
+A frame's size follows from its operators, the inbox of an iteration from the shapes that the host
+knows; how many of each are kept follows from the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion.operators import Operator
+from megatron_moetion.schedule import FramePlan, Schedule
+from megatron_moetion.vault.arena import ALIGNMENT_BYTES, SMALLEST_CHUNK_BYTES, align, size_class
+
+_CGROUP_FILES = (
+    ("sys/fs/cgroup", "memory.max", "memory.current"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Folder, limit and use, of version 2 and version 1."""
+
+
+Inbox = Mapping[str, tuple[int, int]]
+"""By kind of entry: how many there are, and the bytes of each."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Host memory of one rank, in bytes.
+
+    Attributes:
+        start: the dense frame of the starting state; its memory is used again for later frames.
+        frames: all others that are kept at the same time, and the one that is being written.
+        inbox: the logs of all iterations that are kept.
+    """
+
+    start: int
+    frames: int
+    inbox: int
+
+    @property
+    def total(self) -> int:
+        return self.start + self.frames + self.inbox
+
+
+def need_of(
+    schedule: Schedule, operators: Sequence[Operator], buffer_bytes: int, inbox: Inbox
+) -> Need:
+    """What one rank needs.
+
+    Args:
+        operators: of this rank.
+        buffer_bytes: all model buffers, part of every frame.
+        inbox: what this rank logs in one iteration, at most.
+    """
+    by_name = {operator.name: operator for operator in operators}
+    everything = FramePlan(tuple(by_name), ())
+    slots = [schedule.frame(1 + slot) for slot in range(schedule.window)]
+    largest = max(_frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
+    # Begun with iteration i: those of i - kept to i, of which the first was dense at the start.
+    kept = schedule.frames_kept
+    logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
+    start = _frame_bytes(everything, by_name, buffer_bytes)
+    return Need(size_class(start), kept * size_class(largest), (kept + 1) * logs)
+
+
+def _chunk_bytes(count: int, nbytes: int) -> int:
+    """Capacity of the chunks that entries of one kind and iteration share."""
+    per_chunk = max(1, SMALLEST_CHUNK_BYTES // align(max(nbytes, 1)))
+    return -(-count // per_chunk) * size_class(nbytes)
+
+
+def _frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes: int) -> int:
+    full = [operators[name] for name in plan.full]
+    light = [operators[name] for name in plan.light]
+    num_pieces = sum(4 * len(o.params) for o in full) + sum(len(o.params) for o in light)
+    nbytes = sum(o.full_bytes for o in full) + sum(o.light_bytes for o in light) + buffer_bytes
+    return nbytes + num_pieces * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rank asks its node for.
+
+    Attributes:
+        need: with the window that was asked for.
+        others: bytes in all with other windows, by W, so that a refusal can say what would fit.
+    """
+
+    need: Need
+    others: Mapping[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        others = {str(window): nbytes for window, nbytes in self.others.items()}
+        return {"need": asdict(self.need), "others": others}
+
+    @classmethod
+    def from_json(cls, message: Mapping[str, Any]) -> Claim:
+        others = {int(window): int(nbytes) for window, nbytes in message["others"].items()}
+        return cls(Need(**message["need"]), others)
+
+
+class MemoryDoesNotFit(RuntimeError):
+    """Frames and logs need more host memory than there is; one line with what to change."""
+
+
+def refusal(claims: Mapping[int, Claim], available: int) -> str | None:
+    """Why the claims of a node's ranks do not fit, in one line with what to change, or None.
+
+    Args:
+        claims: by global rank, of all ranks of the node.
+        available: bytes.
+    """
+    total = sum(claim.need.total for claim in claims.values())
+    if total <= available:
+        return None
+    windows = set.intersection(*(set(claim.others) for claim in claims.values()))
+    by_window = {w: sum(claim.others[w] for claim in claims.values()) for w in windows}
+    best = min(by_window, key=lambda w: (by_window[w], w), default=None)
+    change = "raise --moetion-memory if there is more, or put fewer ranks on a node"
+    if best is not None and by_window[best] <= available:
+        change = f"--moetion-window {best} would need {mib(by_window[best])}"
+    return (
+        f"frames and logs need {mib(total)} of host memory and {mib(available)} may be taken:"
+        f" {change}"
+    )
+
+
+def table(needs: Mapping[int, Need], available: int) -> str:
+    """One line per rank and one for the node; `needs` by global rank."""
+    head = f"{'host memory':<12} {'start':>10} {'frames':>10} {'inbox':>10} {'in all':>10}"
+    rows = [_row(f"rank {rank}", needs[rank]) for rank in sorted(needs)]
+    parts = [[getattr(n, part) for n in needs.values()] for part in ("start", "frames", "inbox")]
+    node = Need(*(sum(values) for values in parts))
+    return "\n".join([head, *rows, f"{_row('this node', node)} of {mib(available)} free"])
+
+
+def _row(name: str, need: Need) -> str:
+    values = (need.start, need.frames, need.inbox, need.total)
+    return f"{name:<12} " + " ".join(f"{mib(v):>10}" for v in values)
+
+
+def mib(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**20:.0f} MiB"
+
+
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory that may still be taken: what the kernel calls available, and what the cgroup leaves.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    meminfo = (root / "proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:"))
+    return min([available * 1024, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> list[int]:
+    left = []
+    for folder, limit_name, use_name in _CGROUP_FILES:
+        limit, use = root / folder / limit_name, root / folder / use_name
+        if not (limit.is_file() and use.is_file()):
+            continue
+        text = limit.read_text().strip()
+        if text.isdecimal():
+            # The page cache of files counts as used, and gives way.
+            cache = _statistic(root / folder / "memory.stat", ("inactive_file", "active_file"))
+            left.append(int(text) - int(use.read_text()) + cache)
+    return left
+
+
+def _statistic(path: Path, names: Sequence[str]) -> int:
+    if not path.is_file():
+        return 0
+    fields = [line.split() for line in path.read_text().splitlines()]
+    return sum(int(value) for name, value in fields if name in names)
