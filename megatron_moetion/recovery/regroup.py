@@ -7,18 +7,23 @@ over the heap (one `gc.get_referrers` per group took seconds).
 from __future__ import annotations
 
 import gc
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_moetion.recovery.abort import NO_PORT, Sockets, abort, cut, open_sockets
 from megatron_moetion.recovery.failure import Interrupted
 
+# Parts of it carry no types.
+_cuda: Any = torch.cuda
 _SLOT = types.MemberDescriptorType
 
 Group = Any
@@ -71,6 +76,7 @@ class GroupRecorder:
         self._before: Sockets | None = None
         self._store_sockets: Sockets = frozenset()
         self._cancelled = 0
+        self._changed = threading.Condition()
         self.rebuilding = False
 
     def make(self, maker: Callable[[], Group]) -> Group:
@@ -81,7 +87,9 @@ class GroupRecorder:
         try:
             group = maker()
         finally:
-            self._before = None
+            # A thread that was left alone ends while another one makes groups.
+            if self._before is before:
+                self._before = None
         known = dist.group.WORLD if group is None else group
         if group is None and self._world is None:
             self._world = known
@@ -108,12 +116,10 @@ class GroupRecorder:
                 abort(made.group, made.sockets, spared_port)
 
     def cancel(self, epoch: int) -> None:
-        """Has a `rebuild` of an earlier epoch raise; any thread may call it.
-
-        A gloo connection that a dead peer was to open is still waited for, up to the timeout of the
-        groups.
-        """
-        self._cancelled = max(self._cancelled, epoch)
+        """Has a `rebuild` of an earlier epoch raise; any thread may call it."""
+        with self._changed:
+            self._cancelled = max(self._cancelled, epoch)
+            self._changed.notify_all()
         before = self._before
         if self.rebuilding and before is not None:
             # With its store gone, nothing more can be agreed on under the earlier epoch.
@@ -201,9 +207,36 @@ class GroupRecorder:
         return swap_references(pairs, keep)
 
     def _make_unless_cancelled(self, epoch: int, maker: Callable[[], Group]) -> Group:
-        if self._cancelled > epoch:
-            raise Interrupted(f"epoch {self._cancelled} began while groups were made again")
-        return self.make(maker)
+        """Makes a group in a thread that can be left alone.
+
+        Gloo waits for a connection that a dead peer was to open, and nothing but its timeout ends
+        that wait. Such a thread never gets to where torch would note its group.
+        """
+        made: Future[Group] = Future()
+        device = _cuda.current_device() if _cuda.is_initialized() else None
+
+        def run() -> None:
+            # The current device is a thread's own.
+            if device is not None:
+                _cuda.set_device(device)
+            _fulfil(made, lambda: self.make(maker))
+            with self._changed:
+                self._changed.notify_all()
+
+        with self._changed:
+            if self._cancelled <= epoch:
+                threading.Thread(target=run, name="moetion-regroup", daemon=True).start()
+            self._changed.wait_for(lambda: made.done() or self._cancelled > epoch)
+            if self._cancelled > epoch:
+                raise Interrupted(f"epoch {self._cancelled} began while groups were made again")
+        return made.result()
+
+
+def _fulfil(promise: Future[Group], work: Callable[[], Group]) -> None:
+    try:
+        promise.set_result(work())
+    except Exception as error:
+        promise.set_exception(error)
 
 
 def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] = ()) -> int:
