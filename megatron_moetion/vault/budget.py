@@ -49,7 +49,8 @@ class Need:
 def need_of(
     schedule: Schedule, operators: Sequence[Operator], buffer_bytes: int, inbox: Inbox
 ) -> Need:
-    """What one rank needs.
+    """What one rank needs, with at most one failure of it in the iterations that are kept; each
+    further one may take a chunk more for each kind of entry until the older ones are dropped.
 
     Args:
         operators: of this rank.
@@ -60,8 +61,9 @@ def need_of(
     everything = FramePlan(tuple(by_name), ())
     slots = [schedule.frame(1 + slot) for slot in range(schedule.window)]
     largest = max(_frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
-    # Begun with iteration i: those of i - kept to i, of which the first was dense at the start.
-    kept = schedule.frames_kept
+    # In iteration i those of i - kept to i are held, of which the first was dense at the start. One
+    # more, as a replacement cannot fill up what its predecessor began.
+    kept = schedule.frames_kept + 1
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
     start = _frame_bytes(everything, by_name, buffer_bytes)
     return Need(size_class(start), kept * size_class(largest), (kept + 1) * logs)

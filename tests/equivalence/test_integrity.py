@@ -46,3 +46,4 @@ def test_without_any_complete_base_the_job_ends_with_one_line(runner: Runner) ->
     ended = [line for line in run.log.splitlines() if line.startswith("moetion-run: ending")]
     assert len(ended) == 1, run.tail()
     assert "cannot be rebuilt" in ended[0]
+    assert "restart from a Megatron checkpoint" in ended[0]
