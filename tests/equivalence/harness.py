@@ -170,6 +170,8 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
         "MOETION": "1",
         "MOETION_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
+        # A worker that crashes in native code says where.
+        "PYTHONFAULTHANDLER": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **extra,
     }
