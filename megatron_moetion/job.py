@@ -187,7 +187,7 @@ def open_job(
         on_map: called once with each new chunk of host memory, to register it as pinned memory.
     """
     link = AgentLink.connect()
-    replacement = os.environ.get("MOETION_REPLACEMENT", "0") == "1"
+    replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
     fired: list[int] = []
     if link is not None:
         hello = {

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,12 +36,12 @@ from megatron_moetion.recovery.plan import (
     needs_result,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild
-from megatron_moetion.schedule import FramePlan, Schedule
+from megatron_moetion.schedule import FramePlan, Schedule, Unit, generate
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, sources, to_meta
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
-from megatron_moetion.vault.budget import Claim, need_of
+from megatron_moetion.vault.budget import OTHER_WINDOWS, Claim, Need, need_of
 
 
 class StopReplay(Exception):
@@ -235,22 +235,26 @@ class Session:
         text = f"moetion: {key} of global rank {self.job.global_rank} is not sealed: {error}"
         print(text, file=sys.stderr, flush=True)
 
-    def claim_memory(self, other_windows: Mapping[int, Schedule]) -> None:
+    def claim_memory(self, units: Sequence[Unit]) -> None:
         """Has this node check that the frames and logs of its ranks fit in its memory.
 
         Args:
-            other_windows: what could be asked for instead, by W, for the refusal.
+            units: in the schedule's order.
+
+        Raises:
+            MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
         inbox = self.host.inbox()
         buffers = sum(tensor.nbytes for tensor in self.host.buffers().values())
-        operators = self.host.operators
-        need = need_of(self.schedule, operators, buffers, inbox)
-        others = {
-            window: need_of(schedule, operators, buffers, inbox).total
-            for window, schedule in other_windows.items()
-        }
-        self.job.events.emit("claimed", nbytes=need.total)
-        self.job.claim_memory(Claim(need, others))
+
+        def need(schedule: Schedule) -> Need:
+            return need_of(schedule, self.host.operators, buffers, inbox)
+
+        policy = self.schedule.policy
+        others = {w: need(generate(units, w, policy)).total for w in OTHER_WINDOWS}
+        claim = Claim(need(self.schedule), others)
+        self.job.events.emit("claimed", nbytes=claim.need.total)
+        self.job.claim_memory(claim)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""

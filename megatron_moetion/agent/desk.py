@@ -240,7 +240,8 @@ class Desk:
             return
         if self._members.own.node_rank == 0:
             needs = {global_rank: claim.need for global_rank, claim in self._claims.items()}
-            print(f"moetion-run: {table(needs, available)}", file=sys.stderr)
+            for line in table(needs, available).splitlines():
+                print(f"moetion-run: {line}", file=sys.stderr)
         for claimant, request_id in self._claimants:
             claimant.send({"op": "granted", "id": request_id})
 

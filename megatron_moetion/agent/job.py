@@ -67,6 +67,6 @@ class Job:
             "ROLE_WORLD_SIZE": str(members.world_size),
             "LOCAL_WORLD_SIZE": str(own.num_workers),
             "GROUP_WORLD_SIZE": str(len(members.nodes)),
+            # Above 0 it is a replacement.
             "MOETION_EPOCH": str(epoch),
-            "MOETION_REPLACEMENT": "1" if epoch else "0",
         }

@@ -158,10 +158,6 @@ class GroupRecorder:
         name = self._stale[id(group)][1]
         return dist.group.WORLD if name == "world" else self._groups[int(name[1:])]
 
-    def live(self) -> list[Group]:
-        """Groups that this rank is a member of, the world first."""
-        return [made.group for made in self._made.values()]
-
     def rebuild(
         self, epoch: int, connect: Callable[[], None], init_world: Callable[[], None]
     ) -> int:

@@ -23,6 +23,8 @@ _CGROUP_FILES = (
 """Folder, limit and use, of version 2 and version 1."""
 
 
+OTHER_WINDOWS = range(1, 17)
+"""What a refusal may propose."""
 Inbox = Mapping[str, tuple[int, int]]
 """By kind of entry: how many there are, and the bytes of each."""
 
@@ -137,7 +139,9 @@ def table(needs: Mapping[int, Need], available: int) -> str:
     rows = [_row(f"rank {rank}", needs[rank]) for rank in sorted(needs)]
     parts = [[getattr(n, part) for n in needs.values()] for part in ("start", "frames", "inbox")]
     node = Need(*(sum(values) for values in parts))
-    return "\n".join([head, *rows, f"{_row('this node', node)} of {mib(available)} free"])
+    return "\n".join(
+        [head, *rows, f"{_row('this node', node)} of {mib(available)} that may be taken"]
+    )
 
 
 def _row(name: str, need: Need) -> str:

@@ -25,15 +25,15 @@ from megatron_moetion.operators import table
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
 from megatron_moetion.schedule import Unit, WindowPolicy, generate, order
 from megatron_moetion.session import Session
+from megatron_moetion.vault.budget import MemoryDoesNotFit
 
+from ..activation import refuse
 from .host import Call, MegatronHost
 
 JOB: Job | None = None
 SESSION: Session | None = None
 DIGEST_INTERVAL = 0
 DIGEST_DIRECTORY = Path("moetion")
-WINDOWS = range(1, 17)
-"""Windows that a refusal for lack of memory may propose."""
 
 
 def job() -> Job:
@@ -267,14 +267,16 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
-    policy = WindowPolicy(this.config.window_policy)
-    plan = generate(units, this.config.window_size, policy)
+    plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
     SESSION = Session(this, where, host_view, plan)
     if not this.replacement:
-        SESSION.claim_memory({window: generate(units, window, policy) for window in WINDOWS})
+        try:
+            SESSION.claim_memory(units)
+        except MemoryDoesNotFit as error:
+            refuse(str(error))
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

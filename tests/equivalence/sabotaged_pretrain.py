@@ -70,6 +70,17 @@ def lost_buffer() -> None:
     rebuild.Frames.load_buffers = lambda self, iteration: None  # type: ignore[method-assign]  # that is the point
 
 
+def lost_frames() -> None:
+    """Rank 2 captures the starting state and nothing after it."""
+    capture = session.Session.capture
+
+    def forgetful(self: Any, iteration: int, plan: Any) -> None:
+        if iteration == 0 or self.job.global_rank != 2:
+            capture(self, iteration, plan)
+
+    session.Session.capture = forgetful  # type: ignore[method-assign]  # that is the point
+
+
 def no_check() -> None:
     """The replay's own comparison with the frames is off, so that only the digests can tell."""
     rebuild.Frames.check = lambda self, iteration, active: None  # type: ignore[method-assign]  # that is the point

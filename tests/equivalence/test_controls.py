@@ -38,3 +38,12 @@ def test_a_replay_that_diverges_is_refused_by_itself(runner: Runner) -> None:
     run = _sabotaged(runner, "control-refused", "local_norm")
     assert run.code != 0, "a diverging replay went on training"
     assert "gave other bits than training" in run.log
+
+
+def test_when_nothing_can_be_rebuilt_the_job_ends_with_one_line(runner: Runner) -> None:
+    run = _sabotaged(runner, "control-lost-frames", "lost_frames")
+    assert run.code != 0
+    said = [line for line in run.log.splitlines() if "cannot be rebuilt" in line]
+    ended = [line for line in said if line.startswith("moetion-run: ending the job")]
+    assert len(ended) == 1, run.tail()
+    assert "restart from a Megatron checkpoint" in ended[0]

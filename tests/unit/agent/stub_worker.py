@@ -36,7 +36,7 @@ class Worker:
         self.args = args
         self.link = link
         self.notices: queue.SimpleQueue[dict] = queue.SimpleQueue()
-        self.replacement = os.environ["MOETION_REPLACEMENT"] == "1"
+        self.replacement = int(os.environ["MOETION_EPOCH"]) > 0
         self.log = EventLog(args.moetion_dir, f"rank-{RANK}")
         hello = {"op": "hello", "global_rank": RANK, "pid": os.getpid()}
         self.welcome = link.request({**hello, "replacement": self.replacement})

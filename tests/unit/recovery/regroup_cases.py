@@ -165,7 +165,7 @@ class Rank:
             "slot": self.slotted.group is new,
             "mixed order": list(self.holder.mixed),
             "totals": [self.total(g) for g in (None, *self.holder.groups().values())],
-            "members": [len(dist.get_process_group_ranks(g)) for g in self.recorder.live()],
+            "members": [len(made.members) for made in self.recorder._made.values()],
         }
 
 
