@@ -5,6 +5,7 @@ What concerns the vault is answered here; everything else is posted to the main 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -125,7 +126,7 @@ class Desk:
         """A worker has died: drain what it sent, then post `WorkerSilent`.
 
         Returns:
-            False when it has no connection, so that nothing will be posted.
+            False when it has no connection: all that it ever sent has been posted.
         """
         with self._lock:
             self._early.pop(global_rank, None)
@@ -178,9 +179,10 @@ class Desk:
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         with self._lock:
-            channel.send({**self._welcome(rank), "id": hello["id"]})
-            for notice in self._early.pop(rank, []):
-                channel.send(notice)
+            with contextlib.suppress(ConnectionError):
+                channel.send({**self._welcome(rank), "id": hello["id"]})
+                for notice in self._early.pop(rank, []):
+                    channel.send(notice)
             self._workers[rank] = channel
         self._post(FromWorker(rank, hello))
         try:
@@ -192,7 +194,8 @@ class Desk:
             with self._lock:
                 if self._workers.get(rank) is channel:
                     del self._workers[rank]
-            self._post(WorkerSilent(rank))
+                # Inside the lock: once `hush` finds no connection, this has been posted.
+                self._post(WorkerSilent(rank))
 
     def _handle(self, rank: int, channel: Channel, message: Message) -> None:
         try:
@@ -217,7 +220,11 @@ class Desk:
                     self._inventory(channel, message)
                 case _:
                     self._post(FromWorker(rank, message))
-        except (KeyError, ValueError) as error:
+        except ConnectionError:
+            # The worker is gone before it got its reply; what it sent after its request still
+            # counts.
+            return
+        except (KeyError, ValueError, OSError) as error:
             reason = f"bad message {message['op']!r} of rank {rank}: {error}"
             if "id" in message:
                 channel.send({"op": "refused", "id": message["id"], "reason": reason})

@@ -323,10 +323,10 @@ class Node:
         rank = ranks[0]
         del self._workers[rank]
         self._log.emit("exited", global_rank=rank, code=code, epoch=self._epoch, pid=child.pid)
-        if self._desk.hush(rank):
-            self._draining[rank] = code
-        else:
-            self._report_exit(rank, code)
+        self._draining[rank] = code
+        if not self._desk.hush(rank):
+            # What it sent may still be in the queue, and comes first.
+            self._post(WorkerSilent(rank))
 
     def _report_exit(self, rank: int, code: int) -> None:
         # From here on nobody writes to its chunks any more.
