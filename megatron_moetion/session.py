@@ -277,15 +277,15 @@ class Session:
                 self._dead = tuple(notice["dead"])
                 position = self._position
             if self.job.global_rank in self._dead:
-                self._abort(lambda members: True)
+                self._abort(notice["epoch"])
             else:
                 self.job.send("report", epoch=notice["epoch"], position=position.to_json())
         elif op == "verdict":
-            self._on_verdict(notice["committed"])
+            self._on_verdict(notice["epoch"], notice["committed"])
         elif op == "abort":
-            self._abort(lambda members: True)
+            self._abort(notice["epoch"])
 
-    def _on_verdict(self, committed: int) -> None:
+    def _on_verdict(self, epoch: int, committed: int) -> None:
         failed = self._stage_failed()
         with self._lock:
             self._verdict = committed
@@ -295,13 +295,13 @@ class Session:
                 self._settle()
         # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is
         # cut.
-        self._abort(lambda members: failed or self.topology.spans_stages(members))
+        self._abort(epoch, None if failed else self.topology.spans_stages)
 
     def _stage_failed(self) -> bool:
         return self.topology.pp_rank in self.topology.stages_of(self._dead)
 
-    def _abort(self, which: Callable[[tuple[int, ...]], bool]) -> None:
-        self.job.groups.abort(which, self.job.store_port)
+    def _abort(self, epoch: int, crosses: Callable[[tuple[int, ...]], bool] | None = None) -> None:
+        self.job.groups.abort(epoch, self.job.store_port, crosses)
 
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""

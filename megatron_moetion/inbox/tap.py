@@ -23,6 +23,7 @@ from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.recovery.failure import MissingFromInbox, is_communication_error
 from megatron_moetion.recovery.plan import Progress
 from megatron_moetion.recovery.regroup import GroupRecorder
+from megatron_moetion.recovery.waiting import Wait
 from megatron_moetion.topology import Topology
 
 
@@ -142,7 +143,7 @@ class CollectiveTap:
                 raise MissingFromInbox(
                     f"{name} on group {label} {members} crosses stages and cannot be logged"
                 )
-            return self._run(host, bound)
+            return self._run(host, bound, crosses)
         if bound.arguments.get("async_op"):
             raise MissingFromInbox(
                 f"asynchronous {name} on group {label} {members} cannot be logged"
@@ -173,10 +174,12 @@ class CollectiveTap:
         before = [t.clone() for t in outputs] if repeatable else []
         while True:
             try:
-                result = self._run(host, bound)
+                result = self._run(host, bound, self._topology.spans_stages(members))
             except Exception as error:
                 if not is_communication_error(error):
                     raise
+                # Nothing may be written to the outputs any more but what is fed below.
+                self._groups.waits.settle()
                 (self._gate.pause if repeatable else self._gate.await_commit)(error)
             else:
                 break
@@ -192,10 +195,11 @@ class CollectiveTap:
         self._log.write(key, outputs)
         return result
 
-    def _run(self, host: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    def _run(self, host: Callable[..., Any], bound: inspect.BoundArguments, crosses: bool) -> Any:
         if "group" in bound.arguments:
             bound.arguments["group"] = self._groups.current(bound.arguments["group"])
-        return host(*bound.args, **bound.kwargs)
+        with self._groups.waits.of(Wait.CROSSING if crosses else Wait.INSIDE):
+            return host(*bound.args, **bound.kwargs)
 
     def _feed(
         self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]

@@ -2,8 +2,9 @@
 
 NCCL groups are aborted through torch. Gloo's `abort` (torch 2.13) leaves a waiting thread where it
 is, and a peer's `abort` does not reach it either; only the end of a connection does. So the sockets
-of each gloo group are noted when it is made, and shut down to abort it: the waiting threads on both
-sides raise at once.
+of each gloo group are noted when it is made, and shut down for reading to abort it: gloo sees their
+end, closes them, and the waiting threads on both sides raise at once. Not for writing: gloo forgets
+a transfer whose writing fails, and its waiter with it (see `waiting`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _cut_one(fd: int, spared_port: int) -> None:
             return
         try:
             if connection.getpeername()[1] != spared_port:
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RD)
         except OSError as error:
             # A listening socket, or a peer that is gone already.
             if error.errno not in (errno.ENOTCONN, errno.EINVAL):

@@ -6,24 +6,20 @@ over the heap (one `gc.get_referrers` per group took seconds).
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import threading
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_moetion.recovery.abort import NO_PORT, Sockets, abort, cut, open_sockets
-from megatron_moetion.recovery.failure import Interrupted
+from megatron_moetion.recovery.waiting import Wait, Waits
 
-# Parts of it carry no types.
-_cuda: Any = torch.cuda
 _SLOT = types.MemberDescriptorType
 
 Group = Any
@@ -75,8 +71,7 @@ class GroupRecorder:
         self._made: dict[int, Made] = {}
         self._before: Sockets | None = None
         self._store_sockets: Sockets = frozenset()
-        self._cancelled = 0
-        self._changed = threading.Condition()
+        self.waits = Waits()
         self.rebuilding = False
 
     def make(self, maker: Callable[[], Group]) -> Group:
@@ -103,23 +98,29 @@ class GroupRecorder:
         self._recipes.append(Recipe(None if ranks is None else tuple(ranks), dict(options)))
         self._groups.append(group)
 
-    def abort(self, which: Callable[[tuple[int, ...]], bool], spared_port: int) -> None:
+    def abort(
+        self,
+        epoch: int,
+        spared_port: int,
+        crosses: Callable[[tuple[int, ...]], bool] | None = None,
+    ) -> None:
         """Wakes everybody who waits in a group, here and on its other members; any thread may call
         it.
 
         Args:
-            which: decides by a group's members.
+            epoch: of the failure; groups of this epoch are left alone.
             spared_port: the job's store listens there.
+            crosses: whether a group of these members crosses stages; with it, only those groups are
+                aborted.
         """
         for made in list(self._made.values()):
-            if which(made.members):
+            if crosses is None or crosses(made.members):
                 abort(made.group, made.sockets, spared_port)
+        self.waits.call_off(epoch, Wait.CROSSING, *([] if crosses else [Wait.INSIDE]))
 
     def cancel(self, epoch: int) -> None:
         """Has a `rebuild` of an earlier epoch raise; any thread may call it."""
-        with self._changed:
-            self._cancelled = max(self._cancelled, epoch)
-            self._changed.notify_all()
+        self.waits.call_off(epoch, Wait.MAKING)
         before = self._before
         if self.rebuilding and before is not None:
             # With its store gone, nothing more can be agreed on under the earlier epoch.
@@ -143,9 +144,18 @@ class GroupRecorder:
     def forget_stale(self) -> None:
         """No paused call is left that could hold a group of an earlier epoch: let them end.
 
-        A gloo group that is only cut keeps its threads, and they keep polling dead connections.
+        A gloo group that is only cut keeps its threads, and they keep polling dead connections. But
+        its end waits for its threads, so one with a call that never ends is kept.
         """
-        self._stale.clear()
+        if self._stale and self.waits.all_ended():
+            self._stale.clear()
+
+    def finish(self) -> None:
+        """Nothing is trained any more: what is kept must not hold up the end of the process."""
+        self.forget_stale()
+        for group, _ in self._stale.values():
+            # The interpreter's own end would wait for its threads.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def described(self, description: str) -> list[tuple[int, ...]]:
         """Members of all groups that were made with this `group_desc`, in creation order."""
@@ -180,6 +190,7 @@ class GroupRecorder:
         named = [(g, self.name(g)) for g in old if isinstance(g, dist.ProcessGroup)]
         self._stale |= {id(g): (g, name) for g, name in named}
         self.rebuilding = True
+        self.waits.renew(epoch)
         self._made.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -189,9 +200,10 @@ class GroupRecorder:
         before = open_sockets()
         connect()
         self._store_sockets = open_sockets() - before
-        self._make_unless_cancelled(epoch, init_world)
-        again = [partial(_make_again, recipe) for recipe in self._recipes]
-        fresh = [self._make_unless_cancelled(epoch, maker) for maker in again]
+        with self.waits.of(Wait.MAKING):
+            self._make_aside(init_world)
+            fresh = [self._make_aside(partial(_make_again, recipe)) for recipe in self._recipes]
+        self.waits.settle()
         self.rebuilding = False
         self._world, self._groups = dist.group.WORLD, fresh
         pairs = {
@@ -202,37 +214,13 @@ class GroupRecorder:
         keep = [old, named, self._stale, *self._stale.values(), *named]
         return swap_references(pairs, keep)
 
-    def _make_unless_cancelled(self, epoch: int, maker: Callable[[], Group]) -> Group:
+    def _make_aside(self, maker: Callable[[], Group]) -> Group:
         """Makes a group in a thread that can be left alone.
 
         Gloo waits for a connection that a dead peer was to open, and nothing but its timeout ends
         that wait. Such a thread never gets to where torch would note its group.
         """
-        made: Future[Group] = Future()
-        device = _cuda.current_device() if _cuda.is_initialized() else None
-
-        def run() -> None:
-            # The current device is a thread's own.
-            if device is not None:
-                _cuda.set_device(device)
-            _fulfil(made, lambda: self.make(maker))
-            with self._changed:
-                self._changed.notify_all()
-
-        with self._changed:
-            if self._cancelled <= epoch:
-                threading.Thread(target=run, name="moetion-regroup", daemon=True).start()
-            self._changed.wait_for(lambda: made.done() or self._cancelled > epoch)
-            if self._cancelled > epoch:
-                raise Interrupted(f"epoch {self._cancelled} began while groups were made again")
-        return made.result()
-
-
-def _fulfil(promise: Future[Group], work: Callable[[], Group]) -> None:
-    try:
-        promise.set_result(work())
-    except Exception as error:
-        promise.set_exception(error)
+        return self.waits.run(lambda: self.make(maker))
 
 
 def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] = ()) -> int:

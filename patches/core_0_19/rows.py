@@ -32,6 +32,15 @@ ROWS: tuple[Patch, ...] = (
         retire_when="torch offers re-initialisation in place",
     ),
     Patch(
+        target="torch.distributed.distributed_c10d:Work.wait",
+        how="around",
+        handler=t.work_wait,
+        signature="",
+        stage="recovery",
+        why="gloo never wakes who waits for a transfer that was under way when its peer died",
+        retire_when="gloo tells every waiter of a connection that it has ended",
+    ),
+    Patch(
         target="torch.distributed:all_reduce",
         how="around",
         handler=t.collective("all_reduce"),

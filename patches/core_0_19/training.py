@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.training import training
 from megatron.training.global_vars import get_args
+from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion import topology
 from megatron_moetion.config import Config
@@ -34,6 +35,8 @@ JOB: Job | None = None
 SESSION: Session | None = None
 DIGEST_INTERVAL = 0
 DIGEST_DIRECTORY = Path("moetion")
+_TRANSFERS = (OpType.SEND.value, OpType.RECV.value, OpType.RECVANYSOURCE.value)
+"""Kinds of work that can be waited for only once."""
 
 
 def job() -> Job:
@@ -80,6 +83,19 @@ def collective(name: str) -> Callable[..., Any]:
         return SESSION.collectives.call(name, host, *args, **kwargs)
 
     return handler
+
+
+def work_wait(host: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Work.wait: waits for peers over gloo can be called off; NCCL's end when they are aborted."""
+    this = job()
+    if SESSION is None or this.link is None or this.backend != "gloo":
+        return host(self, *args, **kwargs)
+    if self._get_op_type() in _TRANSFERS:
+        return this.groups.waits.run(lambda: host(self, *args, **kwargs))
+    if not self.is_completed():
+        this.groups.waits.run(lambda: host(self, *args, **kwargs))
+    # Makes this thread's stream wait, too.
+    return host(self, *args, **kwargs)
 
 
 class _Arrived:
@@ -350,6 +366,7 @@ def finished(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = host(*args, **kwargs)
     if SESSION is not None:
         job().events.emit("memory", **asdict(job().vault.usage()))
+    job().groups.finish()
     job().send("finished")
     return result
 

@@ -115,7 +115,7 @@ class Rank:
             while self.store.add(posted, 0) < WORLD_SIZE:
                 os.sched_yield()
             members = tuple(dist.get_process_group_ranks(group))
-            self.recorder.abort(lambda which: which == members, NO_PORT)
+            self.recorder.abort(self.epoch + 1, NO_PORT, lambda which: which == members)
         thread.join(30)
         if not caught:
             return "still waiting" if thread.is_alive() else "returned"
