@@ -126,7 +126,7 @@ class Run:
     def __init__(self, host: TinyHost, schedule: Schedule, vault: Vault) -> None:
         self.host, self.schedule, self.vault = host, schedule, vault
         self.log = InboxLog(vault, vault.global_rank)
-        self.capture(0, FramePlan(tuple(o.name for o in host.operators), ()))
+        self.capture(0, schedule.dense)
 
     def capture(self, iteration: int, plan: FramePlan | None = None) -> None:
         plan = plan or self.schedule.frame(iteration)
