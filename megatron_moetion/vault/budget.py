@@ -154,7 +154,7 @@ def _row(name: str, need: Need) -> str:
     return f"{name:<12} " + " ".join(f"{mib(v):>10}" for v in values)
 
 
-def mib(nbytes: int) -> str:
+def mib(nbytes: float) -> str:
     """Bytes for people."""
     return f"{nbytes / 2**20:.0f} MiB"
 
