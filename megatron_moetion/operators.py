@@ -72,8 +72,8 @@ class ParamState:
 class Operator:
     """One unit of capture on this rank.
 
-    `numel` counts whole parameters, not this rank's shard, so that data-parallel peers order and
-    balance alike.
+    `numel` is what a rank holds on average: whole parameters divided by the ranks that share their
+    state, not this rank's shard, so that data-parallel peers order, split and balance alike.
     """
 
     name: str

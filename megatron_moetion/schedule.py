@@ -22,7 +22,7 @@ class WindowPolicy(StrEnum):
 
 @dataclass(frozen=True)
 class Unit:
-    """What the schedule needs to know of an operator; `numel` counts whole parameters."""
+    """What the schedule needs to know of an operator; `numel` as in `operators.Operator`."""
 
     name: str
     kind: Kind

@@ -25,37 +25,36 @@ from megatron_moetion.schedule import Schedule, Unit, WindowPolicy, generate, or
 from megatron_moetion.snapshot.frame import to_meta
 from megatron_moetion.topology import from_pipeline_groups
 from megatron_moetion.vault.budget import frame_bytes, mib, need_of
-from megatron_moetion.window import price
+from megatron_moetion.window import FINENESS, price
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "windows.md"
 BEGIN, END = "<!-- table: python -m launch.bench.policies --write -->", "<!-- end of table -->"
 WINDOWS = (1, 2, 3, 4, 6, 8, 12)
-SPLIT_PER_FRAME = 4
 
-HIDDEN, EXPERT_HIDDEN, NUM_LAYERS, NUM_EXPERTS, NUM_SHARED = 2048, 1408, 2, 8, 2
-"""One rank of DeepSeekMoE-16B (public configuration) with two layers on a stage and 64 experts over
-8 ranks: 8 of each layer's experts here, and all the rest of the layers in 1/8 shards.
+HIDDEN, EXPERT_HIDDEN, VOCABULARY = 2048, 1408, 102400
+NUM_LAYERS, NUM_EXPERTS, NUM_SHARED, NUM_RANKS = 2, 64, 2, 8
+"""DeepSeekMoE-16B (public configuration) in stages of two layers on eight ranks each: a rank has an
+eighth of every layer's experts, and an eighth of the optimizer state of everything else.
 """
-DATA_PARALLEL = 8
 
 
 def rank_of_a_stage() -> list[Operator]:
-    """The operators of one rank of a middle stage, as `operators_host` finds them."""
-    found = []
+    """The operators of one rank of the first stage, as the host adapter finds them."""
+    found = [_operator("embedding", Kind.EMBEDDING, VOCABULARY * HIDDEN // NUM_RANKS)]
     ffn = 3 * HIDDEN * EXPERT_HIDDEN
+    rest = (4 * HIDDEN * HIDDEN + NUM_SHARED * ffn + 2 * HIDDEN) // NUM_RANKS
     for layer in range(NUM_LAYERS):
-        experts = [(f"layer{layer}.expert{i}", ffn) for i in range(NUM_EXPERTS)]
-        found += [_operator(name, Kind.EXPERT, numel, 1) for name, numel in experts]
-        rest = 4 * HIDDEN * HIDDEN + NUM_SHARED * ffn + 2 * HIDDEN
-        found.append(_operator(f"layer{layer}.rest", Kind.LAYER, rest, DATA_PARALLEL))
-        router = NUM_EXPERTS * DATA_PARALLEL * HIDDEN
-        found.append(_operator(f"layer{layer}.router", Kind.ROUTER, router, DATA_PARALLEL))
+        for expert in range(NUM_EXPERTS // NUM_RANKS):
+            found.append(_operator(f"layer{layer}.expert{expert}", Kind.EXPERT, ffn))
+        found.append(_operator(f"layer{layer}.rest", Kind.LAYER, rest))
+        router = NUM_EXPERTS * HIDDEN // NUM_RANKS
+        found.append(_operator(f"layer{layer}.router", Kind.ROUTER, router))
     return found
 
 
-def _operator(name: str, kind: Kind, numel: int, shards: int) -> Operator:
-    main = torch.empty(numel // shards, device="meta")
-    light = torch.empty(numel // shards, dtype=torch.bfloat16, device="meta")
+def _operator(name: str, kind: Kind, numel: int) -> Operator:
+    main = torch.empty(numel, device="meta")
+    light = torch.empty(numel, dtype=torch.bfloat16, device="meta")
     state = ParamState(f"{name}.w", torch.nn.Parameter(light), light, main, StateAccess({}, main))
     return Operator(name, kind, [state], numel)
 
@@ -135,15 +134,18 @@ def table(windows: Sequence[int]) -> str:
     rows = [
         row(operators, window, policy, split)
         for window in windows
+        for split in (0, FINENESS * window)
         for policy in WindowPolicy
-        for split in ((0, SPLIT_PER_FRAME * window) if window > 1 else (0,))
     ]
-    lines = [HEAD, ["---:", "---", "---:", *["---:"] * 5], *(r.cells() for r in rows)]
-    total = sum(p.main.numel() for o in operators for p in o.params)
+    # Parts only where whole operators leave a larger frame than need be.
+    whole = {(r.window, r.policy): r.peak_bytes for r in rows if not r.split}
+    shown = [r for r in rows if not r.split or r.peak_bytes < whole[r.window, r.policy]]
+    lines = [HEAD, ["---:", "---", *["---:"] * 6], *(r.cells() for r in shown)]
+    numel = sum(p.main.numel() for o in operators for p in o.params)
     about = (
-        f"One rank of a middle stage of DeepSeekMoE-16B, {NUM_LAYERS} layers, "
-        f"{NUM_EXPERTS} of {NUM_EXPERTS * DATA_PARALLEL} experts of each, {total / 1e6:.0f} million "
-        f"parameters; a dense frame has {mib(rows[0].dense_bytes)}."
+        f"One rank of the first stage of DeepSeekMoE-16B with {NUM_LAYERS} layers and "
+        f"{NUM_EXPERTS // NUM_RANKS} of {NUM_EXPERTS} experts of each: state of "
+        f"{numel / 1e6:.0f} million parameters, {mib(rows[0].dense_bytes)} in a dense frame."
     )
     return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
