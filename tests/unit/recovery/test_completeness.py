@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_rebuild import planned, rebuild, same
 from tiny_host import Run, TinyHost
@@ -132,8 +132,18 @@ def run_of(case: Case) -> Run:
     return run
 
 
+def cut_otherwise() -> Case:
+    """The second schedule cuts an operator into thirds of which one half is loaded by then."""
+    halves, thirds = ([Part("o0", k, n) for k in range(n)] for n in (2, 3))
+    other = Part("o1")
+    old = Schedule(WindowPolicy.ROLLING, ((halves[0],), (halves[1], other)))
+    new = Schedule(WindowPolicy.ROLLING, (*((third,) for third in thirds), (other,)), first=5)
+    return Case([[8], [3]], [old, new], 7, False)
+
+
 @MANY
 @given(cases())
+@example(cut_otherwise())
 def test_every_element_of_full_state_is_restored_exactly_once_from_a_sealed_frame(
     case: Case,
 ) -> None:

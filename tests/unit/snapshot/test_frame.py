@@ -124,6 +124,26 @@ def test_full_operators_give_main_and_optimizer_tensors_light_ones_their_weights
     assert found[0][3] is two_operators["b"].params[0].main
 
 
+def test_a_part_gives_its_stretch_of_every_tensor_of_the_shard_and_all_of_the_others(
+    two_operators: dict[str, Operator],
+) -> None:
+    state = two_operators["a"].params[0]
+    state.main.copy_(torch.arange(4.0))
+    plan = FramePlan((Part("a", 1, 3),), ("a",))
+    found = list(sources(plan, two_operators, {}))
+    assert [(entry.tensor, entry.stretch) for entry in found] == [
+        ("main", (1, 2)),
+        ("exp_avg", (1, 2)),
+        ("step", None),
+        ("light", None),
+    ]
+    assert found[0].live.tolist() == [1.0]
+    pieces, _ = layout(found)
+    again = pieces_of(json.loads(json.dumps(to_meta(1, plan, pieces))))
+    assert again == pieces
+    assert [piece.shape for piece in again] == [(1,), (1,), (), (4,)]
+
+
 def test_before_the_first_step_a_full_capture_is_the_main_alone(
     two_operators: dict[str, Operator],
 ) -> None:
