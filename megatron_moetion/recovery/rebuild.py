@@ -11,6 +11,7 @@ weights are overwritten with the next frame's before they are used.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -60,7 +61,8 @@ class Frames:
             All parts that are loaded now.
         """
         pieces, full = self.read(iteration)
-        new = frozenset(part for part in full if part.operator not in complete(loaded))
+        done = complete(loaded)
+        new = frozenset(part for part in full if part.operator not in done)
         with torch.no_grad():
             self._load_full(pieces, new, loaded)
             self.load_light(pieces, loaded | new)
@@ -69,7 +71,7 @@ class Frames:
     def _load_full(
         self, pieces: Sequence[tuple[Piece, torch.Tensor]], new: Parts, loaded: Parts
     ) -> None:
-        taken, fresh = {part.operator for part in new}, {}
+        taken, known, fresh = {part.operator for part in new}, _by_operator(loaded), {}
         for piece, data in pieces:
             if piece.operator not in taken or piece.tensor == "light":
                 continue
@@ -77,15 +79,16 @@ class Frames:
             if piece.param not in fresh:
                 self._forget_missing(state, pieces)
             fresh[piece.param] = state
-            self._put(state, piece, data, missing(_of(piece, loaded), state.main.numel()))
+            self._put(state, piece, data, missing(known[piece.operator], state.main.numel()))
         self._host.publish_main(list(fresh.values()))
 
     def load_light(self, pieces: Sequence[tuple[Piece, torch.Tensor]], loaded: Parts) -> None:
         """Puts the light pieces of a frame into the model, where no part is loaded."""
+        known = _by_operator(loaded)
         for piece, data in pieces:
             if piece.tensor == "light" and piece.operator != BUFFERS:
                 live = self._states[piece.param].light
-                for start, end in missing(_of(piece, loaded), live.numel()):
+                for start, end in missing(known[piece.operator], live.numel()):
                     live[start:end].copy_(data[start:end])
 
     def load_buffers(self, iteration: int) -> None:
@@ -103,9 +106,9 @@ class Frames:
         Raises:
             ReplayDiverged: naming the first tensor that differs.
         """
-        buffers = self._host.buffers()
+        buffers, known = self._host.buffers(), _by_operator(loaded)
         for piece, data in self.read(iteration)[0]:
-            parts = _of(piece, loaded)
+            parts = known[piece.operator]
             if piece.operator == BUFFERS:
                 same = same_bits(buffers[piece.param], data)
             elif parts:
@@ -120,7 +123,7 @@ class Frames:
                 )
 
     @staticmethod
-    def _same(state: ParamState, piece: Piece, data: torch.Tensor, parts: Parts) -> bool:
+    def _same(state: ParamState, piece: Piece, data: torch.Tensor, parts: Sequence[Part]) -> bool:
         named = {"light": state.light, "main": state.main}
         live = (
             named[piece.tensor] if piece.tensor in named else state.states.tensors()[piece.tensor]
@@ -160,8 +163,11 @@ class Frames:
         return live
 
 
-def _of(piece: Piece, parts: Parts) -> frozenset[Part]:
-    return frozenset(part for part in parts if part.operator == piece.operator)
+def _by_operator(parts: Parts) -> defaultdict[str, list[Part]]:
+    found: defaultdict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        found[part.operator].append(part)
+    return found
 
 
 def _by_element(piece: Piece, state: ParamState) -> bool:
