@@ -128,6 +128,16 @@ class Config:
             _window_policy,
         ),
     )
+    split: int = field(
+        default=0,
+        metadata=_flag(
+            "--moetion-split",
+            "N",
+            "Operators with more than 1/N of the parameters that a rank has operators of are "
+            "captured in parts no larger than that, over several frames. 0 splits none.",
+            _whole(0),
+        ),
+    )
     replicas: int = field(
         default=0,
         metadata=_flag(

@@ -13,6 +13,8 @@ from enum import StrEnum
 
 import torch
 
+from megatron_moetion.parts import Part
+
 
 class Kind(StrEnum):
     """What an operator is; members in order of capture inside a window, coldest first."""
@@ -70,8 +72,8 @@ class ParamState:
 class Operator:
     """One unit of capture on this rank.
 
-    `numel` counts whole parameters, not this rank's shard, so that data-parallel peers order and
-    balance alike.
+    `numel` is what a rank holds on average: whole parameters divided by the ranks that share their
+    state, not this rank's shard, so that data-parallel peers order, split and balance alike.
     """
 
     name: str
@@ -86,7 +88,11 @@ class Operator:
     @property
     def full_bytes(self) -> int:
         """Bytes of the full state once the optimizer has stepped (FP32 main and two moments)."""
-        return sum(3 * p.main.nbytes for p in self.params)
+        return self.part_bytes(Part(self.name))
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of a part of the full state."""
+        return sum(3 * p.main.itemsize * part.stretch(p.main.numel()).numel for p in self.params)
 
 
 class OwnershipError(RuntimeError):

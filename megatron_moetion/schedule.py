@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_moetion.operators import Kind
+from megatron_moetion.parts import Part, Stretch, complete
 
 
 class WindowPolicy(StrEnum):
@@ -21,7 +22,7 @@ class WindowPolicy(StrEnum):
 
 @dataclass(frozen=True)
 class Unit:
-    """What the schedule needs to know of an operator; `numel` counts whole parameters."""
+    """What the schedule needs to know of an operator; `numel` as in `operators.Operator`."""
 
     name: str
     kind: Kind
@@ -30,46 +31,75 @@ class Unit:
 
 @dataclass(frozen=True)
 class FramePlan:
-    """What one frame holds; names in capture order.
+    """What one frame holds; in capture order.
 
     Attributes:
-        full: operators captured in full.
-        light: operators of which only the compute weights are captured.
+        full: operators captured in full, or parts of them.
+        light: operators of which only the compute weights are captured. One that is in `full` with
+            some of its parts stands here too: its other elements are needed from here.
         skipped: all others, full earlier in this window; named so that a frame tells what it lacks.
     """
 
-    full: tuple[str, ...]
+    full: tuple[Part, ...]
     light: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Slots of operators; slot k of a window is captured in full in its k-th frame.
+    """Slots of parts; slot k of a window is captured in full in its k-th frame.
 
     Attributes:
         policy: rolling or tumbling.
-        slots: operator names by slot; every operator is in exactly one slot.
+        slots: parts by slot; all parts of every operator are there once, those of one operator in
+            ascending order.
+        first: the iteration whose frame is slot 0 of the first window; the frame of the iteration
+            before the first of a job is dense.
     """
 
     policy: WindowPolicy
-    slots: tuple[tuple[str, ...], ...]
+    slots: tuple[tuple[Part, ...], ...]
+    first: int = 1
 
     @property
     def window(self) -> int:
         return len(self.slots)
 
     def slot_of(self, iteration: int) -> int:
-        """Iteration 1 opens the first window; the frame of iteration 0 is dense."""
-        return (iteration - 1) % self.window
+        """The place of an iteration's frame in its window, from 0."""
+        return (iteration - self.first) % self.window
 
     def frame(self, iteration: int) -> FramePlan:
-        """What the frame of `iteration` (>= 1) captures."""
-        slot = self.slot_of(iteration)
-        others = [(k, n) for k, names in enumerate(self.slots) if k != slot for n in names]
-        first_light = 0 if self.policy is WindowPolicy.ROLLING else slot + 1
-        light = tuple(n for k, n in others if k >= first_light)
-        return FramePlan(self.slots[slot], light, tuple(n for k, n in others if k < first_light))
+        """What the frame of `iteration` captures."""
+        return self.frame_of_slot(self.slot_of(iteration))
+
+    def frame_of_slot(self, slot: int) -> FramePlan:
+        """What the frames in one place of a window capture.
+
+        An operator is light until its last part is in; under the rolling policy in each frame that
+        does not hold all of it.
+        """
+        full = self.slots[slot]
+        here, last = complete(full), self._last_slots()
+        if self.policy is WindowPolicy.ROLLING:
+            return FramePlan(full, tuple(n for n in last if n not in here))
+        light = tuple(n for n, k in last.items() if k > slot)
+        return FramePlan(full, light, tuple(n for n, k in last.items() if k < slot))
+
+    def _last_slots(self) -> dict[str, int]:
+        """The slot of every operator's last part; operators in capture order."""
+        return {part.operator: k for k, parts in enumerate(self.slots) for part in parts}
+
+    @property
+    def split(self) -> dict[str, int]:
+        """The operators that are captured in parts, and in how many."""
+        parts = (part for parts in self.slots for part in parts)
+        return {part.operator: part.count for part in parts if part.count > 1}
+
+    @property
+    def dense(self) -> FramePlan:
+        """A frame that holds everything in full."""
+        return FramePlan(tuple(Part(name) for name in self._last_slots()), ())
 
     @property
     def frames_kept(self) -> int:
@@ -92,17 +122,42 @@ def order(units: Sequence[Unit], popularity: Mapping[str, float] | None = None) 
     return tuple(sorted(units, key=lambda u: (rank[u.kind], counts.get(u.name, 0.0), u.name)))
 
 
-def generate(units: Sequence[Unit], window: int, policy: WindowPolicy) -> Schedule:
+def generate(
+    units: Sequence[Unit], window: int, policy: WindowPolicy, split: int = 0, first: int = 1
+) -> Schedule:
     """Cuts ordered operators into `window` consecutive slots, balanced by parameters, not by count.
 
-    Slots may be empty when there are fewer operators than frames in a window, which keeps windows
-    of all stages aligned.
+    Slots may be empty when there are fewer parts than frames in a window, which keeps windows of
+    all stages aligned.
+
+    Args:
+        units: in capture order.
+        split: no part holds more than 1/split of all parameters (rounded up); 0 splits nothing.
+            An operator whose parts all come to the same slot stays whole.
+        first: the iteration that opens the first window.
     """
     total = sum(u.numel for u in units)
-    slots: list[list[str]] = [[] for _ in range(window)]
+    slots: list[list[Part]] = [[] for _ in range(window)]
     before = 0
     for unit in units:
-        middle = before + unit.numel / 2
-        slots[min(window - 1, int(middle * window / total) if total else 0)].append(unit.name)
+        places = [
+            (_slot(before, part.stretch(unit.numel), window, total), part)
+            for part in _parts(unit, -(-total // split) if split else total)
+        ]
         before += unit.numel
-    return Schedule(policy, tuple(tuple(s) for s in slots))
+        if places[0][0] == places[-1][0]:
+            places = [(places[0][0], Part(unit.name))]
+        for slot, part in places:
+            slots[slot].append(part)
+    return Schedule(policy, tuple(tuple(s) for s in slots), first)
+
+
+def _parts(unit: Unit, largest: int) -> list[Part]:
+    count = max(1, -(-unit.numel // max(largest, 1)))
+    return [Part(unit.name, index, count) for index in range(count)]
+
+
+def _slot(before: int, stretch: Stretch, window: int, total: int) -> int:
+    """Where the middle of a stretch falls; in whole numbers, as peers must agree."""
+    doubled = 2 * before + stretch.start + stretch.end
+    return min(window - 1, doubled * window // (2 * total)) if total else 0

@@ -250,16 +250,15 @@ class Session:
         def need(schedule: Schedule) -> Need:
             return need_of(schedule, self.host.operators, buffers, inbox)
 
-        policy = self.schedule.policy
-        others = {w: need(generate(units, w, policy)).total for w in OTHER_WINDOWS}
+        policy, split = self.schedule.policy, self.job.config.split
+        others = {w: need(generate(units, w, policy, split)).total for w in OTHER_WINDOWS}
         claim = Claim(need(self.schedule), others)
         self.job.events.emit("claimed", nbytes=claim.need.total)
         self.job.claim_memory(claim)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""
-        everything = tuple(n for slot in self.schedule.slots for n in slot)
-        self.capture(iteration, FramePlan(everything, ()))
+        self.capture(iteration, self.schedule.dense)
         self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
         # Nobody says that it is protected before everybody is. The barrier is small talk already: a
         # rank that fails right behind it leaves its peers paused here, not lost.

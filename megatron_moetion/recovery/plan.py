@@ -9,7 +9,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+from megatron_moetion.parts import Part, complete
 from megatron_moetion.topology import Topology
 
 
@@ -61,15 +63,18 @@ class FrameInfo:
     """What the plan needs to know of a sealed frame; `skipped` operators are not in it."""
 
     iteration: int
-    full: frozenset[str]
+    full: frozenset[Part]
     light: frozenset[str]
     skipped: frozenset[str] = frozenset()
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, object]) -> FrameInfo:
-        names = [meta[k] for k in ("full", "light", "skipped")]
-        full, light, skipped = (frozenset(n) for n in names if isinstance(n, list))
-        return cls(int(str(meta["iteration"])), full, light, skipped)
+    def from_meta(cls, meta: Mapping[str, Any]) -> FrameInfo:
+        full = frozenset(Part.from_json(row) for row in meta["full"])
+        return cls(meta["iteration"], full, frozenset(meta["light"]), frozenset(meta["skipped"]))
+
+    @property
+    def operators(self) -> frozenset[str]:
+        return self.light | self.skipped | {part.operator for part in self.full}
 
 
 @dataclass(frozen=True)
@@ -153,20 +158,21 @@ def needs_result(position: Position, committed: int, dead: bool) -> bool:
 def dense_from(frames: Sequence[FrameInfo], base: int, last: int) -> int | None:
     """Where a reconstruction from `base` becomes dense, or None if it never does up to `last`.
 
-    Walks consecutive frames. At each, an operator must be full there, or have become full before,
-    or be there in light form.
+    Walks consecutive frames. At each, an operator must have all parts there or have got the last of
+    them before, or be there in light form.
     """
     by_iteration = {f.iteration: f for f in frames}
-    full: frozenset[str] = frozenset()
+    parts: frozenset[Part] = frozenset()
     for iteration in range(base, last + 1):
         frame = by_iteration.get(iteration)
         if frame is None:
             return None
-        full |= frame.full
-        if frame.skipped - full:
-            return None
-        if full >= frame.light:
+        parts |= frame.full
+        rest = frame.operators - complete(parts)
+        if not rest:
             return iteration
+        if rest - frame.light:
+            return None
     return None
 
 

@@ -4,12 +4,16 @@ Source: paper section 3.3, design section 7.
 
 Runs on every rank of the failed stage in lockstep. Frames base, base+1, ... are loaded one after
 the other; in between, the host's own training step runs again from the inbox. An operator without
-full state is frozen.
+full state is frozen. One of which some parts are loaded is stepped: its loaded elements are right,
+the others are garbage that never leaves them, as the optimizer works element by element, and their
+weights are overwritten with the next frame's before they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -17,10 +21,13 @@ from megatron_moetion.host import Host
 from megatron_moetion.inbox.key import FrameKey, HeaderKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.operators import ParamState
+from megatron_moetion.parts import Part, Stretch, complete, covered, missing, within
 from megatron_moetion.recovery.failure import MissingFromInbox, ReplayDiverged
 from megatron_moetion.recovery.plan import NothingToRebuildFrom, StagePlan
 from megatron_moetion.snapshot.frame import BUFFERS, Piece, pieces_of, view
 from megatron_moetion.vault import Vault
+
+Parts = AbstractSet[Part]
 
 
 class Frames:
@@ -34,43 +41,55 @@ class Frames:
         """Whether a sealed frame of this iteration is in the vault."""
         return self._vault.fetch(self._global_rank, str(FrameKey(iteration))) is not None
 
-    def read(self, iteration: int) -> tuple[list[tuple[Piece, torch.Tensor]], frozenset[str]]:
-        """A frame's pieces with views of their bytes, and its full operators; verified."""
+    def read(self, iteration: int) -> tuple[list[tuple[Piece, torch.Tensor]], frozenset[Part]]:
+        """A frame's pieces with views of their bytes, and what is full in it; verified."""
         entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
         if entry is None:
             raise NothingToRebuildFrom(
                 f"the frame of iteration {iteration} of global rank {self._global_rank} is gone"
             )
         pieces = pieces_of(entry.meta)
-        return [(p, view(p, entry.data)) for p in pieces], frozenset(entry.meta["full"])
+        full = frozenset(Part.from_json(row) for row in entry.meta["full"])
+        return [(p, view(p, entry.data)) for p in pieces], full
 
-    def load(
-        self, iteration: int, wanted: Callable[[str], bool], light: Callable[[str], bool]
-    ) -> frozenset[str]:
-        """Puts full operators (where `wanted`) and light ones (where `light`) into the model.
+    def load(self, iteration: int, loaded: Parts) -> frozenset[Part]:
+        """Puts the full parts of a frame into the model, and light weights where no part is loaded.
+
+        Elements of a part in `loaded` are left as they are.
 
         Returns:
-            The operators that have full state now.
+            All parts that are loaded now.
         """
         pieces, full = self.read(iteration)
-        taken = frozenset(name for name in full if wanted(name))
-        fresh: dict[str, ParamState] = {}
+        done = complete(loaded)
+        new = frozenset(part for part in full if part.operator not in done)
         with torch.no_grad():
-            for piece, data in pieces:
-                if piece.operator in taken and piece.part != "light":
-                    state = self._states[piece.param]
-                    if piece.param not in fresh:
-                        self._forget_missing(state, pieces)
-                    fresh[piece.param] = state
-                    self._put(state, piece, data)
-                elif (
-                    piece.part == "light"
-                    and piece.operator not in (BUFFERS, *taken)
-                    and light(piece.operator)
-                ):
-                    self._states[piece.param].light.copy_(data)
+            self._load_full(pieces, new, loaded)
+            self.load_light(pieces, loaded | new)
+        return frozenset(loaded | new)
+
+    def _load_full(
+        self, pieces: Sequence[tuple[Piece, torch.Tensor]], new: Parts, loaded: Parts
+    ) -> None:
+        taken, known, fresh = {part.operator for part in new}, _by_operator(loaded), {}
+        for piece, data in pieces:
+            if piece.operator not in taken or piece.tensor == "light":
+                continue
+            state = self._states[piece.param]
+            if piece.param not in fresh:
+                self._forget_missing(state, pieces)
+            fresh[piece.param] = state
+            self._put(state, piece, data, missing(known[piece.operator], state.main.numel()))
         self._host.publish_main(list(fresh.values()))
-        return taken
+
+    def load_light(self, pieces: Sequence[tuple[Piece, torch.Tensor]], loaded: Parts) -> None:
+        """Puts the light pieces of a frame into the model, where no part is loaded."""
+        known = _by_operator(loaded)
+        for piece, data in pieces:
+            if piece.tensor == "light" and piece.operator != BUFFERS:
+                live = self._states[piece.param].light
+                for start, end in missing(known[piece.operator], live.numel()):
+                    live[start:end].copy_(data[start:end])
 
     def load_buffers(self, iteration: int) -> None:
         """Puts the model buffers of a frame back."""
@@ -80,47 +99,92 @@ class Frames:
                 if piece.operator == BUFFERS:
                     buffers[piece.param].copy_(data)
 
-    def check(self, iteration: int, active: frozenset[str]) -> None:
-        """Compares replayed state with what training captured at the same iteration, bit for bit.
+    def check(self, iteration: int, loaded: Parts) -> None:
+        """Compares replayed state with what training captured at the same iteration, bit for bit:
+        buffers, and the elements of the parts that are loaded.
 
         Raises:
             ReplayDiverged: naming the first tensor that differs.
         """
-        buffers = self._host.buffers()
+        buffers, known = self._host.buffers(), _by_operator(loaded)
         for piece, data in self.read(iteration)[0]:
+            parts = known[piece.operator]
             if piece.operator == BUFFERS:
-                live = buffers[piece.param]
-            elif piece.operator not in active:
-                continue
-            elif piece.part == "light":
-                live = self._states[piece.param].light
-            elif piece.part == "main":
-                live = self._states[piece.param].main
+                same = same_bits(buffers[piece.param], data)
+            elif parts:
+                same = self._same(self._states[piece.param], piece, data, parts)
             else:
-                live = self._states[piece.param].states.tensors()[piece.part]
-            if not same_bits(live, data):
+                continue
+            if not same:
                 raise ReplayDiverged(
                     f"replay of iteration {iteration} gave other bits than training for "
-                    f"{piece.part} of {piece.param}; "
+                    f"{piece.tensor} of {piece.param}; "
                     "are all kernels deterministic (--deterministic-mode)?"
                 )
 
     @staticmethod
+    def _same(state: ParamState, piece: Piece, data: torch.Tensor, parts: Sequence[Part]) -> bool:
+        named = {"light": state.light, "main": state.main}
+        live = (
+            named[piece.tensor] if piece.tensor in named else state.states.tensors()[piece.tensor]
+        )
+        if not _by_element(piece, state):
+            return same_bits(live, data)
+        return all(
+            same_bits(a, b) for a, b in _pairs(live, piece, data, covered(parts, live.numel()))
+        )
+
+    @staticmethod
     def _forget_missing(state: ParamState, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> None:
-        parts = {p.part for p, _ in pieces if p.param == state.name}
-        if parts == {"main"}:
+        if {p.tensor for p, _ in pieces if p.param == state.name} == {"main"}:
             state.states.clear()
 
-    def _put(self, state: ParamState, piece: Piece, data: torch.Tensor) -> None:
-        if piece.part == "main":
-            state.main.detach().copy_(data)
-            return
-        live = state.states.tensors().get(piece.part)
-        if live is None:
-            device = torch.device("cpu") if piece.host else self._host.device
-            state.states.put(piece.part, data.clone().to(device))
+    def _put(
+        self, state: ParamState, piece: Piece, data: torch.Tensor, gaps: Sequence[Stretch]
+    ) -> None:
+        """Copies a piece of full state into the model; by element only where there are `gaps`."""
+        if piece.tensor == "main":
+            live = state.main.detach()
         else:
+            known = state.states.tensors().get(piece.tensor)
+            live = self._new(state, piece) if known is None else known
+        if not _by_element(piece, state):
             live.copy_(data)
+            return
+        for target, source in _pairs(live, piece, data, gaps):
+            target.copy_(source)
+
+    def _new(self, state: ParamState, piece: Piece) -> torch.Tensor:
+        """An optimizer tensor that the worker does not have yet; what is not loaded stays 0."""
+        shape = state.main.shape if _by_element(piece, state) else torch.Size(piece.shape)
+        device = torch.device("cpu") if piece.host else self._host.device
+        live = torch.zeros(shape, dtype=piece.torch_dtype, device=device)
+        state.states.put(piece.tensor, live)
+        return live
+
+
+def _by_operator(parts: Parts) -> defaultdict[str, list[Part]]:
+    found: defaultdict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        found[part.operator].append(part)
+    return found
+
+
+def _by_element(piece: Piece, state: ParamState) -> bool:
+    """Whether a piece goes with the elements of the shard; Adam's step counter does not."""
+    if piece.tensor == "light" or piece.stretch is not None:
+        return True
+    return piece.shape == tuple(state.main.shape)
+
+
+def _pairs(
+    live: torch.Tensor, piece: Piece, data: torch.Tensor, stretches: Sequence[Stretch]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What of a piece lies in some stretches: views of the live tensor and of the frame."""
+    here = piece.stretch or Stretch(0, live.numel())
+    whole, held = live.detach().view(-1), data.view(-1)
+    for start, end in within(stretches, here):
+        yield whole[start:end], held[start - here.start : end - here.start]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -149,16 +213,23 @@ class Rebuild:
         self.plan, self._host, self._frames = plan, host, frames
         self._log, self._capture = log, capture
         self._all = frozenset(o.name for o in host.operators)
-        self._full: frozenset[str] = frozenset()
+        self._loaded: frozenset[Part] = frozenset()
 
     def load_base(self) -> None:
         """Loads the base frame; afterwards the whole stage has the base's compute weights."""
-        base = self.plan.base
         self._host.begin_replay()
-        self._full = self._frames.load(base, lambda name: True, lambda name: True)
-        self._frames.load_buffers(base)
+        self._loaded = self._frames.load(self.plan.base, frozenset())
+        self._frames.load_buffers(self.plan.base)
+        self._publish()
+
+    def _publish(self) -> None:
         self._host.sync_params()
-        self._host.freeze(self._all - self._full)
+        self._host.freeze(self._all - {part.operator for part in self._loaded})
+
+    @property
+    def _lacking(self) -> frozenset[str]:
+        """Operators without full state."""
+        return self._all - complete(self._loaded)
 
     def start(self, iteration: int) -> None:
         """Puts RNG, scheduler and counters of the start of a replayed iteration in place."""
@@ -172,20 +243,17 @@ class Rebuild:
     def stepped(self, iteration: int) -> None:
         """After a replayed optimizer step: check, convert, capture what is missing."""
         if self._frames.held(iteration):
-            self._frames.check(iteration, self._full)
-        if iteration <= self.plan.dense_at and self._full != self._all:
-            full = self._full
-            new = self._frames.load(iteration, lambda n: n not in full, lambda n: n not in full)
-            self._full = full | new
-            self._host.sync_params()
-            self._host.freeze(self._all - self._full)
+            self._frames.check(iteration, self._loaded)
+        if iteration <= self.plan.dense_at and self._lacking:
+            self._loaded = self._frames.load(iteration, self._loaded)
+            self._publish()
         if not self._frames.held(iteration):
             self._capture(iteration)
 
     def done(self) -> None:
         """Everything has full state again: back to the host's own communication settings."""
-        if self._full != self._all:
+        if self._lacking:
             raise NothingToRebuildFrom(
-                f"{sorted(self._all - self._full)[0]} has no full state after the replay"
+                f"{sorted(self._lacking)[0]} has no full state after the replay"
             )
         self._host.end_replay()

@@ -19,13 +19,10 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.snapshot.frame import BUFFERS, Piece, view
+from megatron_moetion.snapshot.frame import BUFFERS, Piece, Source, view
 
 # Parts of it carry no types.
 _cuda: Any = torch.cuda
-
-FrameEntry = tuple[str, str, str, torch.Tensor]
-"""(operator, param, part, live tensor), see `frame.sources`."""
 
 OnFailure = Callable[[str, Exception], None]
 """Told of a seal that failed: what it was for, and why. May run in the sealing thread."""
@@ -85,7 +82,7 @@ class Copier(ABC):
         self.num_failures = 0
 
     def copy(
-        self, entries: Sequence[FrameEntry], pieces: Sequence[Piece], data: torch.Tensor
+        self, entries: Sequence[Source], pieces: Sequence[Piece], data: torch.Tensor
     ) -> Ticket:
         """Starts copying part of a frame.
 
@@ -100,8 +97,8 @@ class Copier(ABC):
             data: uint8 CPU tensor of the layout's size; asynchronous only when it is pinned.
         """
         # Forward passes change buffers, long before the next optimizer step would wait.
-        steady = [operator != BUFFERS for operator, *_ in entries]
-        return self._start([t for *_, t in entries], [view(p, data) for p in pieces], steady)
+        steady = [entry.operator != BUFFERS for entry in entries]
+        return self._start([e.live for e in entries], [view(p, data) for p in pieces], steady)
 
     def copy_passing(
         self, tensors: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], steady: bool = True

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_moetion.operators import Operator, ParamState
+from megatron_moetion.parts import Stretch
 from megatron_moetion.schedule import FramePlan
 
 _ALIGN = 64
@@ -20,28 +21,40 @@ BUFFERS = "buffers"
 """Pseudo-operator of the buffers that training mutates (router expert bias, token counters)."""
 
 
+class Source(NamedTuple):
+    """A live tensor that a frame holds, see `Piece`."""
+
+    operator: str
+    param: str
+    tensor: str
+    live: torch.Tensor
+    stretch: Stretch | None = None
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One tensor inside a frame.
+    """One tensor inside a frame, or a stretch of it.
 
     Attributes:
         operator: its operator.
         param: its parameter's canonical name (or the buffer's).
-        part: `light`, `main`, or the optimizer's name for a state tensor.
+        tensor: `light`, `main`, or the optimizer's name for a state tensor.
         dtype: torch dtype without the `torch.` prefix.
-        shape: shape of the tensor on this rank.
+        shape: shape of the tensor on this rank; of a stretch its number of elements.
         offset: bytes from the start of the frame.
         host: whether the live tensor is on the CPU even when the model is not (Adam's step
             counter).
+        stretch: the elements of the flat tensor that are here; None where all are.
     """
 
     operator: str
     param: str
-    part: str
+    tensor: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     host: bool
+    stretch: Stretch | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,35 +70,44 @@ class Piece:
         return count * self.torch_dtype.itemsize
 
 
-def live_parts(state: ParamState) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a full capture, by part name."""
+def live_tensors(state: ParamState) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a full capture, by name."""
     yield "main", state.main
     yield from state.states.tensors().items()
 
 
 def sources(
     plan: FramePlan, operators: Mapping[str, Operator], buffers: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, str, str, torch.Tensor]]:
-    """(operator, param, part, live tensor) of everything that a frame holds, in layout order."""
-    for name in plan.full:
-        for state in operators[name].params:
-            for part, tensor in live_parts(state):
-                yield name, state.name, part, tensor
-    for name in plan.light:
-        for state in operators[name].params:
-            yield name, state.name, "light", state.light
+) -> Iterator[Source]:
+    """Everything that a frame holds, in layout order.
+
+    Optimizer tensors of another shape than the parameter's shard (Adam's step counter) go with
+    every part. The tensors are live: views where a part is asked for.
+    """
+    for part in plan.full:
+        for state in operators[part.operator].params:
+            for name, live in live_tensors(state):
+                if part.count == 1 or live.shape != state.main.shape:
+                    yield Source(part.operator, state.name, name, live)
+                else:
+                    here = part.stretch(live.numel())
+                    piece = live.detach().view(-1)[here.start : here.end]
+                    yield Source(part.operator, state.name, name, piece, here)
+    for operator in plan.light:
+        for state in operators[operator].params:
+            yield Source(operator, state.name, "light", state.light)
     for name, tensor in buffers.items():
-        yield BUFFERS, name, "light", tensor
+        yield Source(BUFFERS, name, "light", tensor)
 
 
-def layout(entries: Sequence[tuple[str, str, str, torch.Tensor]]) -> tuple[tuple[Piece, ...], int]:
+def layout(entries: Sequence[Source]) -> tuple[tuple[Piece, ...], int]:
     """Places tensors one after the other, 64-byte aligned: the pieces, and the frame's bytes."""
     pieces, offset = [], 0
-    for operator, param, part, tensor in entries:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        host = tensor.device.type == "cpu"
-        pieces.append(Piece(operator, param, part, dtype, tuple(tensor.shape), offset, host))
-        offset = -(-(offset + tensor.nbytes) // _ALIGN) * _ALIGN
+    for operator, param, tensor, live, stretch in entries:
+        dtype = str(live.dtype).removeprefix("torch.")
+        host, shape = live.device.type == "cpu", tuple(live.shape)
+        pieces.append(Piece(operator, param, tensor, dtype, shape, offset, host, stretch))
+        offset = -(-(offset + live.nbytes) // _ALIGN) * _ALIGN
     return tuple(pieces), max(offset, _ALIGN)
 
 
@@ -97,10 +119,13 @@ def view(piece: Piece, data: torch.Tensor) -> torch.Tensor:
 
 def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The frame's JSON description, kept in the vault beside its bytes."""
-    rows = [[p.operator, p.param, p.part, p.dtype, list(p.shape), p.offset, p.host] for p in pieces]
+    rows = [
+        [p.operator, p.param, p.tensor, p.dtype, list(p.shape), p.offset, p.host, p.stretch]
+        for p in pieces
+    ]
     return {
         "iteration": iteration,
-        "full": list(plan.full),
+        "full": [part.to_json() for part in plan.full],
         "light": list(plan.light),
         "skipped": list(plan.skipped),
         "pieces": rows,
@@ -108,14 +133,15 @@ def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[st
 
 
 def pieces_of(meta: Mapping[str, Any]) -> tuple[Piece, ...]:
-    """The inverse of `to_meta`."""
+    """The pieces in `to_meta`."""
     return tuple(
-        Piece(o, n, part, d, tuple(s), off, h) for o, n, part, d, s, off, h in meta["pieces"]
+        Piece(o, n, t, d, tuple(s), off, h, None if stretch is None else Stretch(*stretch))
+        for o, n, t, d, s, off, h, stretch in meta["pieces"]
     )
 
 
 def copy_in(
-    entries: Sequence[tuple[str, str, str, torch.Tensor]],
+    entries: Sequence[Source],
     pieces: Sequence[Piece],
     data: torch.Tensor,
 ) -> None:
@@ -129,4 +155,4 @@ def copy_in(
     if not entries:
         return
     targets = [view(p, data) for p in pieces]
-    torch._foreach_copy_(targets, [t.detach() for *_, t in entries], non_blocking=True)
+    torch._foreach_copy_(targets, [e.live.detach() for e in entries], non_blocking=True)

@@ -60,14 +60,13 @@ def need_of(
         inbox: what this rank logs in one iteration, at most.
     """
     by_name = {operator.name: operator for operator in operators}
-    everything = FramePlan(tuple(by_name), ())
-    slots = [schedule.frame(1 + slot) for slot in range(schedule.window)]
-    largest = max(_frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
+    slots = [schedule.frame_of_slot(slot) for slot in range(schedule.window)]
+    largest = max(frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
     # In iteration i those of i - kept to i are held, of which the first was dense at the start. One
     # more, as a replacement cannot fill up what its predecessor began.
     kept = schedule.frames_kept + 1
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
-    start = _frame_bytes(everything, by_name, buffer_bytes)
+    start = frame_bytes(schedule.dense, by_name, buffer_bytes)
     return Need(size_class(start), kept * size_class(largest), (kept + 1) * logs)
 
 
@@ -77,12 +76,18 @@ def _chunk_bytes(count: int, nbytes: int) -> int:
     return -(-count // per_chunk) * size_class(nbytes)
 
 
-def _frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes: int) -> int:
-    full = [operators[name] for name in plan.full]
+def frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes: int = 0) -> int:
+    """What a frame of one rank comes to at most, padding included.
+
+    Args:
+        operators: of this rank, by name.
+        buffer_bytes: all model buffers.
+    """
+    full = [(operators[part.operator], part) for part in plan.full]
     light = [operators[name] for name in plan.light]
-    num_pieces = sum(4 * len(o.params) for o in full) + sum(len(o.params) for o in light)
-    nbytes = sum(o.full_bytes for o in full) + sum(o.light_bytes for o in light) + buffer_bytes
-    return nbytes + num_pieces * ALIGNMENT_BYTES
+    num_pieces = sum(4 * len(o.params) for o, _ in full) + sum(len(o.params) for o in light)
+    nbytes = sum(o.part_bytes(part) for o, part in full) + sum(o.light_bytes for o in light)
+    return nbytes + buffer_bytes + num_pieces * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def _row(name: str, need: Need) -> str:
     return f"{name:<12} " + " ".join(f"{mib(v):>10}" for v in values)
 
 
-def mib(nbytes: int) -> str:
+def mib(nbytes: float) -> str:
     """Bytes for people."""
     return f"{nbytes / 2**20:.0f} MiB"
 

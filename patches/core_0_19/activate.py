@@ -24,11 +24,11 @@ def activate(args: Namespace, config: Config) -> None:
             "a replay is bit-identical only with deterministic kernels; add --deterministic-mode "
             "and what it asks for"
         )
-    most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3
+    most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3 + config.split
     if config.window_size > most:
         activation.refuse(
-            f"--moetion-window {config.window_size} is larger than the {most} operators that this "
-            f"model can have; use at most {most}"
+            f"--moetion-window {config.window_size} is larger than the {most} operators and parts "
+            f"that this model can have; use at most {most}"
         )
     outside = [f for f in faults.parse(config.fault) if f.global_rank >= args.world_size]
     if outside:

@@ -42,12 +42,12 @@ def find_operators(model: Sequence[torch.nn.Module], optimizer: Any) -> list[Ope
     shards = {
         id(param): (light, main, state) for param, light, main, state in optimizer_shards(optimizer)
     }
-    parameters = canonical_parameters(model)
+    parameters, sharers = canonical_parameters(model), _sharers(optimizer)
     found: dict[str, Operator] = {}
     for name, param in parameters.items():
         kind, operator_name = _place(name)
         operator = found.setdefault(operator_name, Operator(operator_name, kind))
-        operator.numel += param.numel()
+        operator.numel += -(-param.numel() // sharers.get(id(param), 1))
         nothing = torch.empty(0, dtype=param.dtype, device=param.device)
         light, main, state = shards.get(id(param), (nothing, nothing, {}))
         operator.params.append(ParamState(name, param, light, main, StateAccess(state, main)))
@@ -77,6 +77,16 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
     """The optimizers under a chain, without the stubs of ranks that have nothing to optimize."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [o for o in chained if not getattr(o, "is_stub_optimizer", False)]
+
+
+def _sharers(optimizer: Any) -> dict[int, int]:
+    """By id of a parameter: over how many ranks a distributed optimizer spreads its state."""
+    return {
+        id(param): buffer.data_parallel_world_size
+        for inner in inner_optimizers(optimizer)
+        for buffer in getattr(inner, "buffers", ())
+        for param in buffer.params
+    }
 
 
 Shard = tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor, dict[torch.Tensor, dict[str, Any]]]

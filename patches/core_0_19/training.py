@@ -283,10 +283,12 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
-    plan = generate(units, this.config.window_size, WindowPolicy(this.config.window_policy))
+    policy = WindowPolicy(this.config.window_policy)
+    plan = generate(units, this.config.window_size, policy, this.config.split)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
+    this.events.emit("scheduled", window=plan.window, policy=policy, split=plan.split)
     SESSION = Session(this, where, host_view, plan)
     if not this.replacement:
         try:

@@ -9,6 +9,8 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_moetion import session
 from megatron_moetion.inbox import tap
 from megatron_moetion.recovery import rebuild
@@ -34,8 +36,9 @@ def stale_frame() -> None:
 
     def stale(self: Any) -> None:
         load_base(self)
-        frozen = self._all - self._full
-        self._frames.load(self.plan.base - 1, lambda name: False, lambda name: name in frozen)
+        pieces, _ = self._frames.read(self.plan.base - 1)
+        with torch.no_grad():
+            self._frames.load_light(pieces, self._loaded)
         self._host.sync_params()
 
     rebuild.Rebuild.load_base = stale  # type: ignore[method-assign]  # that is the point
@@ -59,8 +62,8 @@ def lost_step() -> None:
     """Adam's step counter is not restored."""
     put = rebuild.Frames._put
 
-    def forgetful(self: Any, state: Any, piece: Any, data: Any) -> None:
-        put(self, state, piece, data.zero_() if piece.part == "step" else data)
+    def forgetful(self: Any, state: Any, piece: Any, data: Any, gaps: Any) -> None:
+        put(self, state, piece, data.zero_() if piece.tensor == "step" else data, gaps)
 
     rebuild.Frames._put = forgetful  # type: ignore[method-assign]  # that is the point
 
@@ -83,7 +86,7 @@ def lost_frames() -> None:
 
 def no_check() -> None:
     """The replay's own comparison with the frames is off, so that only the digests can tell."""
-    rebuild.Frames.check = lambda self, iteration, active: None  # type: ignore[method-assign]  # that is the point
+    rebuild.Frames.check = lambda self, iteration, loaded: None  # type: ignore[method-assign]  # that is the point
 
 
 for name in filter(None, os.environ.get("MOETION_TEST_SABOTAGE", "").split(",")):

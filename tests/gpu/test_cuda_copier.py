@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_moetion.snapshot.copier import CudaCopier, register_pinned
-from megatron_moetion.snapshot.frame import BUFFERS, layout, view
+from megatron_moetion.snapshot.frame import BUFFERS, Source, layout, view
 from megatron_moetion.vault import LocalVault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -46,8 +46,8 @@ def test_a_registered_chunk_of_shared_memory_is_pinned(gpu: None) -> None:
 def test_a_copy_returns_before_the_device_is_done_and_is_sealed_after(
     copier: CudaCopier, vault: LocalVault
 ) -> None:
-    entries = [("expert", "w", "main", torch.randn(1 << 20, device="cuda"))]
-    entries += [("expert", "w", "step", torch.tensor(3.0))]
+    entries = [Source("expert", "w", "main", torch.randn(1 << 20, device="cuda"))]
+    entries += [Source("expert", "w", "step", torch.tensor(3.0))]
     pieces, nbytes = layout(entries)
     data = vault.reserve("frame/1", nbytes)
     torch.cuda._sleep(LONG_CYCLES)
@@ -58,8 +58,8 @@ def test_a_copy_returns_before_the_device_is_done_and_is_sealed_after(
     assert ticket.wait()
     found = vault.fetch(0, "frame/1")
     assert found is not None
-    for piece, (*_, tensor) in zip(pieces, entries, strict=True):
-        assert torch.equal(view(piece, found.data), tensor.cpu())
+    for piece, entry in zip(pieces, entries, strict=True):
+        assert torch.equal(view(piece, found.data), entry.live.cpu())
 
 
 def test_a_step_that_waits_for_the_ticket_does_not_reach_the_copy(
@@ -67,7 +67,7 @@ def test_a_step_that_waits_for_the_ticket_does_not_reach_the_copy(
 ) -> None:
     for iteration in range(20):
         state = torch.full((1 << 22,), float(iteration), device="cuda")
-        entries = [("expert", "w", "main", state)]
+        entries = [Source("expert", "w", "main", state)]
         pieces, nbytes = layout(entries)
         data = vault.reserve(f"frame/{iteration}", nbytes)
         ticket = copier.copy(entries, pieces, data)
@@ -82,7 +82,7 @@ def test_a_buffer_may_change_right_after_the_copy_was_asked_for(
     copier: CudaCopier, vault: LocalVault
 ) -> None:
     counter = torch.full((1 << 20,), 7, device="cuda")
-    entries = [(BUFFERS, "tokens", "light", counter)]
+    entries = [Source(BUFFERS, "tokens", "light", counter)]
     pieces, nbytes = layout(entries)
     data = vault.reserve("frame/1", nbytes)
     ticket = copier.copy(entries, pieces, data)

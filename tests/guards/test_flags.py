@@ -14,6 +14,7 @@ FLAGS = {
     "--moetion": "",
     "--moetion-window": "auto|N",
     "--moetion-window-policy": "rolling|tumbling",
+    "--moetion-split": "N",
     "--moetion-replicas": "N",
     "--moetion-dir": "DIR",
     "--moetion-digest-interval": "N",

@@ -19,6 +19,7 @@ FLAGS = [
     "--moetion",
     "--moetion-window",
     "--moetion-window-policy",
+    "--moetion-split",
     "--moetion-replicas",
     "--moetion-dir",
     "--moetion-digest-interval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.operators import Kind
+from megatron_moetion.parts import Part, complete
 from megatron_moetion.recovery.plan import (
     Facts,
     FrameInfo,
@@ -22,7 +24,7 @@ from megatron_moetion.recovery.plan import (
     make_plan,
     needs_result,
 )
-from megatron_moetion.schedule import Schedule, Unit, WindowPolicy, generate, order
+from megatron_moetion.schedule import FramePlan, Schedule, Unit, WindowPolicy, generate, order
 from megatron_moetion.snapshot.frame import to_meta
 from megatron_moetion.topology import from_pipeline_groups
 
@@ -45,11 +47,13 @@ class Scene:
 
     def walk(self, rank: int, base: int) -> int:
         """Loads frames from `base` on as a replay would; where this rank has all in full."""
-        operators = frozenset(n for slot in self.schedules[rank].slots for n in slot)
+        operators = complete(self.schedules[rank].dense.full)
         frames = {f.iteration: f for f in self.facts.frames[rank]}
+        parts: frozenset[Part] = frozenset()
         full: frozenset[str] = frozenset()
         for iteration in range(base, self.last + 1):
-            full |= frames[iteration].full
+            parts |= frames[iteration].full
+            full = complete(parts)
             # Replay of the next iteration needs weights of what is still frozen.
             assert operators - full <= frames[iteration].light
             if full == operators:
@@ -75,13 +79,13 @@ def schedules(draw: st.DrawFn, window: int, policy: WindowPolicy) -> Schedule:
         Unit(f"o{i}", kind, numel) for i, (kind, numel) in enumerate(zip(kinds, sizes, strict=True))
     ]
     heat = {u.name: draw(st.floats(0, 1)) for u in units}
-    return generate(order(units, heat), window, policy)
+    return generate(order(units, heat), window, policy, draw(st.integers(0, 8)))
 
 
 def info(schedule: Schedule, iteration: int, start: int) -> FrameInfo:
     """The frame of an iteration; that of the job's first, `start`, is dense."""
     if iteration == start:
-        return FrameInfo(iteration, frozenset(n for s in schedule.slots for n in s), frozenset())
+        return FrameInfo(iteration, frozenset(schedule.dense.full), frozenset())
     plan = schedule.frame(iteration)
     return FrameInfo.from_meta(to_meta(iteration, plan, ()))
 
@@ -248,13 +252,27 @@ def test_only_failed_stages_have_a_plan_and_equal_facts_give_equal_digests() -> 
 def test_a_base_needs_light_weights_of_all_that_is_not_full_yet() -> None:
     none: frozenset[str] = frozenset()
     a, b = frozenset("a"), frozenset("b")
-    first, second = FrameInfo(1, a, b), FrameInfo(2, b, none, a)
+    full_a, full_b = frozenset([Part("a")]), frozenset([Part("b")])
+    first, second = FrameInfo(1, full_a, b), FrameInfo(2, full_b, none, a)
     assert dense_from([first, second], 1, 2) == 2
     assert dense_from([first, second], 1, 1) is None
     assert dense_from([first, second], 2, 2) is None
-    assert dense_from([first, FrameInfo(3, b, none, a)], 1, 3) is None
-    hole = FrameInfo(2, none, none, a | b)
-    assert dense_from([first, hole, FrameInfo(3, b, none, a)], 1, 3) is None
+    assert dense_from([first, FrameInfo(3, full_b, none, a)], 1, 3) is None
+    hole = FrameInfo(2, frozenset(), none, a | b)
+    assert dense_from([first, hole, FrameInfo(3, full_b, none, a)], 1, 3) is None
+
+
+def test_an_operator_is_full_when_all_parts_of_one_count_are_in() -> None:
+    a: frozenset[str] = frozenset("a")
+
+    def frames(*parts: Part, light: frozenset[str] = a) -> list[FrameInfo]:
+        return [FrameInfo(i, frozenset([part]), light) for i, part in enumerate(parts, 1)]
+
+    assert dense_from(frames(Part("a", 1, 2), Part("a", 0, 2)), 1, 2) == 2
+    assert dense_from(frames(Part("a", 0, 2), Part("a", 0, 2)), 1, 2) is None
+    assert dense_from(frames(Part("a", 0, 2), Part("a", 1, 3), Part("a", 2, 3)), 1, 3) is None
+    # Without light weights, what is there only in part cannot be stood on.
+    assert dense_from(frames(Part("a", 0, 2), Part("a", 1, 2), light=frozenset()), 1, 2) is None
 
 
 def test_the_furthest_survivor_sets_the_commit_point() -> None:
@@ -265,5 +283,8 @@ def test_the_furthest_survivor_sets_the_commit_point() -> None:
 def test_positions_and_frames_survive_their_json_form() -> None:
     position = Position(7, Progress.STEPPING, 7, 6)
     assert Position.from_json(position.to_json()) == position
-    meta = {"iteration": 3, "full": ["a"], "light": ["b"], "skipped": ["c"]}
-    assert FrameInfo.from_meta(meta) == FrameInfo(3, *(frozenset(x) for x in "abc"))
+    plan = FramePlan((Part("a"), Part("d", 1, 3)), ("b", "d"), ("c",))
+    meta = json.loads(json.dumps(to_meta(3, plan, ())))
+    there = FrameInfo(3, frozenset(plan.full), frozenset("bd"), frozenset("c"))
+    assert FrameInfo.from_meta(meta) == there
+    assert there.operators == frozenset("abcd")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_host import Run, TinyHost
 
 from megatron_moetion.inbox.key import FrameKey, HeaderKey
+from megatron_moetion.parts import Part, complete
 from megatron_moetion.recovery.failure import MissingFromInbox, ReplayDiverged
 from megatron_moetion.recovery.plan import (
     Facts,
@@ -17,18 +20,20 @@ from megatron_moetion.recovery.plan import (
     StagePlan,
     make_plan,
 )
-from megatron_moetion.recovery.rebuild import Frames, Rebuild, same_bits
+from megatron_moetion.recovery.rebuild import Frames, Parts, Rebuild, same_bits
 from megatron_moetion.schedule import Unit, WindowPolicy, generate
+from megatron_moetion.snapshot.frame import pieces_of, view
 from megatron_moetion.topology import from_pipeline_groups
 from megatron_moetion.vault import LocalVault
 
-NUM_OPERATORS = 5
+SHARDS = [(1,), (2,), (3, 1), (0, 4), (5,)]
+NUM_OPERATORS = len(SHARDS)
 
 
-def trained(policy: WindowPolicy, window: int, last: int) -> Run:
-    host = TinyHost(NUM_OPERATORS)
+def trained(policy: WindowPolicy, window: int, last: int, split: int = 0) -> Run:
+    host = TinyHost(SHARDS)
     units = [Unit(o.name, o.kind, o.numel) for o in host.operators]
-    run = Run(host, generate(units, window, policy), LocalVault(0))
+    run = Run(host, generate(units, window, policy, split), LocalVault(0))
     run.train(1, last)
     return run
 
@@ -42,10 +47,10 @@ def planned(run: Run, committed: int) -> StagePlan:
     return stage
 
 
-def rebuild(run: Run, plan: StagePlan) -> list[int]:
+def rebuild(run: Run, plan: StagePlan, frames: Frames | None = None) -> list[int]:
     """Walks the plan as the session does; returns how many operators were frozen in each step."""
     host, frozen = run.host, []
-    walk = Rebuild(plan, host, Frames(host, run.vault, 0), run.log, run.capture)
+    walk = Rebuild(plan, host, frames or Frames(host, run.vault, 0), run.log, run.capture)
     walk.load_base()
     for iteration in plan.replay:
         walk.start(iteration)
@@ -63,10 +68,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("policy", list(WindowPolicy))
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
 @pytest.mark.parametrize("last", [1, 2, 6, 7, 8, 15])
+@pytest.mark.parametrize("split", [0, 9])
 def test_every_bit_comes_back_and_training_goes_on_as_if_nothing_had_been(
-    policy: WindowPolicy, window: int, last: int
+    policy: WindowPolicy, window: int, last: int, split: int
 ) -> None:
-    run = trained(policy, window, last)
+    run = trained(policy, window, last, split)
     before = run.host.everything()
     run.host.forget_everything()
     rebuild(run, planned(run, last))
@@ -75,7 +81,7 @@ def test_every_bit_comes_back_and_training_goes_on_as_if_nothing_had_been(
     assert same(run.host.everything(), before)
     assert not run.host.in_replay
     run.train(last + 1, last + 4)
-    assert same(run.host.everything(), trained(policy, window, last + 4).host.everything())
+    assert same(run.host.everything(), trained(policy, window, last + 4, split).host.everything())
 
 
 def test_operators_thaw_one_slot_after_the_other_and_weights_are_gathered_each_time() -> None:
@@ -116,7 +122,50 @@ def test_a_frame_that_died_with_the_worker_is_captured_again() -> None:
         assert same_bits(old, new)
 
 
+def test_an_operator_takes_part_in_the_steps_as_soon_as_one_of_its_parts_is_in() -> None:
+    run = trained(WindowPolicy.ROLLING, 3, 9, split=9)
+    run.host.forget_everything()
+    plan = planned(run, 9)
+    walk = Rebuild(plan, run.host, Frames(run.host, run.vault, 0), run.log, run.capture)
+    walk.load_base()
+    here = run.schedule_of(plan.base).frame(plan.base)
+    assert {part.operator for part in here.full} - complete(here.full), "nothing is split here"
+    assert run.host.frozen == {o.name for o in run.host.operators} - {
+        part.operator for part in here.full
+    }
+
+
 class TestNegativeControls:
+    def test_garbage_in_elements_that_are_not_loaded_yet_is_noticed_if_it_is_used(self) -> None:
+        run = trained(WindowPolicy.ROLLING, 3, 9, split=9)
+        run.host.forget_everything()
+        plan = planned(run, 9)
+
+        class Forgetful(Frames):
+            def load(self, iteration: int, loaded: Parts) -> frozenset[Part]:
+                self.keep_light = iteration > plan.base
+                return super().load(iteration, loaded)
+
+            def load_light(self, pieces: Any, loaded: Parts) -> None:
+                if not self.keep_light:
+                    super().load_light(pieces, loaded)
+
+        with pytest.raises(ReplayDiverged):
+            rebuild(run, plan, Forgetful(run.host, run.vault, 0))
+
+    def test_a_wrong_element_of_a_part_is_noticed(self) -> None:
+        run = trained(WindowPolicy.ROLLING, 3, 9, split=9)
+        plan = planned(run, 9)
+        entry = run.vault.fetch(0, str(FrameKey(plan.base)))
+        assert entry is not None
+        (piece, *_) = (p for p in pieces_of(entry.meta) if p.stretch and p.tensor == "exp_avg")
+        data = entry.data.clone()
+        view(piece, data)[-1] += 1
+        run.vault.put(str(FrameKey(plan.base)), data, entry.meta)
+        run.host.forget_everything()
+        with pytest.raises(ReplayDiverged, match=piece.param):
+            rebuild(run, plan)
+
     def test_a_stale_frame_is_noticed_by_name(self) -> None:
         run = trained(WindowPolicy.ROLLING, 3, 8)
         stale = run.vault.fetch(0, str(FrameKey(6)))
@@ -125,7 +174,7 @@ class TestNegativeControls:
         run.train(9, 9)
         run.vault.put(str(FrameKey(9)), stale.data.clone(), {**stale.meta, "iteration": 9})
         run.host.forget_everything()
-        with pytest.raises(ReplayDiverged, match=r"replay of iteration 9 gave other bits .* of w"):
+        with pytest.raises(ReplayDiverged, match=r"replay of iteration 9 gave other bits .* of o"):
             rebuild(run, planned(run, 9))
 
     def test_a_forgotten_buffer_is_noticed(self) -> None:

@@ -26,20 +26,28 @@ class TinyHost:
 
     device = torch.device("cpu")
 
-    def __init__(self, num_operators: int) -> None:
+    def __init__(self, shards: Sequence[Sequence[int]]) -> None:
+        """Args:
+        shards: for every operator the elements of its parameters on this rank.
+        """
         torch.manual_seed(1)
-        self.operators: Sequence[Operator] = [self._operator(i) for i in range(num_operators)]
+        self.operators: Sequence[Operator] = [
+            self._operator(f"o{i}", numels) for i, numels in enumerate(shards)
+        ]
         self.bias = torch.zeros(3)
         self.frozen: frozenset[str] = frozenset()
         self.calls: Counter[str] = Counter()
         self.in_replay = False
 
     @staticmethod
-    def _operator(index: int) -> Operator:
-        main = torch.randn(index + 1)
-        param = torch.nn.Parameter(main.bfloat16())
-        state = ParamState(f"w{index}", param, param.detach(), main, StateAccess({}, main))
-        return Operator(f"o{index}", Kind.EXPERT, [state], index + 1)
+    def _operator(name: str, numels: Sequence[int]) -> Operator:
+        made = Operator(name, Kind.EXPERT, numel=sum(numels))
+        for index, numel in enumerate(numels):
+            main = torch.randn(numel)
+            param = torch.nn.Parameter(main.bfloat16())
+            access = StateAccess({}, main)
+            made.params.append(ParamState(f"{name}.w{index}", param, param.detach(), main, access))
+        return made
 
     def step(self) -> None:
         """One iteration; frozen operators take part with their weights only."""
@@ -48,7 +56,8 @@ class TinyHost:
         self.bias += activation
         for operator in self.operators:
             if operator.name not in self.frozen:
-                self._update(operator.params[0], torch.tanh(activation) + noise)
+                for state in operator.params:
+                    self._update(state, torch.tanh(activation) + noise)
 
     def _update(self, state: ParamState, gradient: torch.Tensor) -> None:
         kept = state.states.tensors()
@@ -124,12 +133,21 @@ class Run:
     """Trains, captures frames and logs headers as a session does, without anything else."""
 
     def __init__(self, host: TinyHost, schedule: Schedule, vault: Vault) -> None:
-        self.host, self.schedule, self.vault = host, schedule, vault
+        self.host, self.schedules, self.vault = host, [schedule], vault
         self.log = InboxLog(vault, vault.global_rank)
-        self.capture(0, FramePlan(tuple(o.name for o in host.operators), ()))
+        self.capture(0, schedule.dense)
+
+    def schedule_of(self, iteration: int) -> Schedule:
+        """The newest schedule that had begun by then."""
+        return [s for s in self.schedules if s.first <= max(iteration, 1)][-1]
+
+    @property
+    def frames_kept(self) -> int:
+        """While a schedule takes over from another, the frames of both may be needed."""
+        return sum(schedule.frames_kept for schedule in self.schedules)
 
     def capture(self, iteration: int, plan: FramePlan | None = None) -> None:
-        plan = plan or self.schedule.frame(iteration)
+        plan = plan or self.schedule_of(iteration).frame(iteration)
         entries = list(sources(plan, {o.name: o for o in self.host.operators}, self.host.buffers()))
         pieces, nbytes = layout(entries)
         key = str(FrameKey(iteration))
@@ -138,7 +156,7 @@ class Run:
 
     def train(self, first: int, last: int) -> None:
         for iteration in range(first, last + 1):
-            self.vault.drop(iteration - self.schedule.frames_kept)
+            self.vault.drop(iteration - self.frames_kept)
             self.log.write_state(HeaderKey(iteration), self.host.start_state())
             self.host.step()
             self.capture(iteration)

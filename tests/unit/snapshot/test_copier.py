@@ -7,7 +7,7 @@ import torch
 
 from megatron_moetion.rehearsal import streams
 from megatron_moetion.snapshot.copier import Copier, CpuCopier, CudaCopier, Ticket, copier_for
-from megatron_moetion.snapshot.frame import BUFFERS, layout, view
+from megatron_moetion.snapshot.frame import BUFFERS, Source, layout, view
 from megatron_moetion.vault import LocalVault
 
 
@@ -22,10 +22,10 @@ def copier(failures: list[tuple[str, str]]) -> Copier:
 
 
 ENTRIES = [
-    ("expert.0", "w", "main", torch.randn(7, 3)),
-    ("expert.0", "w", "exp_avg", torch.randn(7, 3).bfloat16()),
-    ("expert.0", "w", "step", torch.tensor(4.0)),
-    (BUFFERS, "bias", "light", torch.arange(5)),
+    Source("expert.0", "w", "main", torch.randn(7, 3)),
+    Source("expert.0", "w", "exp_avg", torch.randn(7, 3).bfloat16()),
+    Source("expert.0", "w", "step", torch.tensor(4.0)),
+    Source(BUFFERS, "bias", "light", torch.arange(5)),
 ]
 
 
@@ -42,8 +42,8 @@ def test_a_frame_is_copied_bit_for_bit_in_two_parts_and_sealed(copier: Copier) -
     copier.seal(ticket, "frame/3", lambda: vault.seal("frame/3", {}), nothing)
     found = vault.fetch(0, "frame/3")
     assert found is not None
-    for piece, (*_, tensor) in zip(pieces, ENTRIES, strict=True):
-        assert torch.equal(view(piece, found.data), tensor)
+    for piece, entry in zip(pieces, ENTRIES, strict=True):
+        assert torch.equal(view(piece, found.data), entry.live)
 
 
 def test_sources_may_change_once_a_cpu_copy_returned(copier: Copier) -> None:

@@ -8,19 +8,21 @@ import pytest
 import torch
 
 from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess
+from megatron_moetion.parts import Part
 from megatron_moetion.schedule import FramePlan
 from megatron_moetion.snapshot.frame import (
     BUFFERS,
+    Source,
     copy_in,
     layout,
-    live_parts,
+    live_tensors,
     pieces_of,
     sources,
     to_meta,
     view,
 )
 
-Entries = list[tuple[str, str, str, torch.Tensor]]
+Entries = list[Source]
 
 
 def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -37,14 +39,14 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 SOME: Entries = [
-    ("a", "a.w", "main", random_bits(torch.float32, 3, 5)),
-    ("a", "a.w", "exp_avg", random_bits(torch.float32, 1)),
-    ("a", "a.w", "step", torch.tensor(7.0)),
-    ("b", "b.w", "light", random_bits(torch.bfloat16, 17)),
-    ("b", "b.none", "light", torch.empty(0, dtype=torch.bfloat16)),
-    (BUFFERS, "tokens", "light", random_bits(torch.int64, 2, 2)),
-    (BUFFERS, "flag", "light", torch.tensor([True, False])),
-    (BUFFERS, "last", "light", torch.empty(0)),
+    Source("a", "a.w", "main", random_bits(torch.float32, 3, 5)),
+    Source("a", "a.w", "exp_avg", random_bits(torch.float32, 1)),
+    Source("a", "a.w", "step", torch.tensor(7.0)),
+    Source("b", "b.w", "light", random_bits(torch.bfloat16, 17)),
+    Source("b", "b.none", "light", torch.empty(0, dtype=torch.bfloat16)),
+    Source(BUFFERS, "tokens", "light", random_bits(torch.int64, 2, 2)),
+    Source(BUFFERS, "flag", "light", torch.tensor([True, False])),
+    Source(BUFFERS, "last", "light", torch.empty(0)),
 ]
 
 
@@ -52,10 +54,10 @@ def test_every_piece_comes_back_bit_for_bit_also_after_its_meta_went_through_jso
     pieces, nbytes = layout(SOME)
     data = torch.full((nbytes,), 0xEE, dtype=torch.uint8)
     copy_in(SOME, pieces, data)
-    meta = json.loads(json.dumps(to_meta(4, FramePlan(("a",), ("b",)), pieces)))
+    meta = json.loads(json.dumps(to_meta(4, FramePlan((Part("a"),), ("b",)), pieces)))
     assert pieces_of(meta) == pieces
-    for piece, (*name, tensor) in zip(pieces_of(meta), SOME, strict=True):
-        assert (piece.operator, piece.param, piece.part) == tuple(name)
+    for piece, (*name, tensor, _) in zip(pieces_of(meta), SOME, strict=True):
+        assert [piece.operator, piece.param, piece.tensor] == name
         found = view(piece, data)
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
         assert bits(found) == bits(tensor)
@@ -80,7 +82,7 @@ def test_a_frame_copied_in_two_halves_is_the_same() -> None:
 
 def test_a_source_that_is_not_contiguous_is_captured_by_value() -> None:
     source = torch.arange(6.0).view(2, 3).t()
-    entries: Entries = [("a", "a.w", "light", source)]
+    entries: Entries = [Source("a", "a.w", "light", source)]
     pieces, nbytes = layout(entries)
     data = torch.zeros(nbytes, dtype=torch.uint8)
     copy_in(entries, pieces, data)
@@ -111,7 +113,7 @@ def test_full_operators_give_main_and_optimizer_tensors_light_ones_their_weights
     two_operators: dict[str, Operator],
 ) -> None:
     buffers = {"bias": torch.zeros(1)}
-    found = list(sources(FramePlan(("b",), ("a",)), two_operators, buffers))
+    found = list(sources(FramePlan((Part("b"),), ("a",)), two_operators, buffers))
     assert [entry[:3] for entry in found] == [
         ("b", "b.w", "main"),
         ("b", "b.w", "exp_avg"),
@@ -122,9 +124,29 @@ def test_full_operators_give_main_and_optimizer_tensors_light_ones_their_weights
     assert found[0][3] is two_operators["b"].params[0].main
 
 
+def test_a_part_gives_its_stretch_of_every_tensor_of_the_shard_and_all_of_the_others(
+    two_operators: dict[str, Operator],
+) -> None:
+    state = two_operators["a"].params[0]
+    state.main.copy_(torch.arange(4.0))
+    plan = FramePlan((Part("a", 1, 3),), ("a",))
+    found = list(sources(plan, two_operators, {}))
+    assert [(entry.tensor, entry.stretch) for entry in found] == [
+        ("main", (1, 2)),
+        ("exp_avg", (1, 2)),
+        ("step", None),
+        ("light", None),
+    ]
+    assert found[0].live.tolist() == [1.0]
+    pieces, _ = layout(found)
+    again = pieces_of(json.loads(json.dumps(to_meta(1, plan, pieces))))
+    assert again == pieces
+    assert [piece.shape for piece in again] == [(1,), (1,), (), (4,)]
+
+
 def test_before_the_first_step_a_full_capture_is_the_main_alone(
     two_operators: dict[str, Operator],
 ) -> None:
     state = two_operators["a"].params[0]
     state.states.clear()
-    assert [part for part, _ in live_parts(state)] == ["main"]
+    assert [name for name, _ in live_tensors(state)] == ["main"]

@@ -48,7 +48,7 @@ def train(
         vault.reserve(f"frame/{iteration}", nbytes)
         vault.seal(f"frame/{iteration}", {})
 
-    capture(0, FramePlan(tuple(by_name), ()))
+    capture(0, schedule.dense)
     for iteration in range(1, 4 * schedule.window + 6):
         vault.drop(iteration - schedule.frames_kept)
         for kind, (count, nbytes) in inbox.items():
@@ -67,7 +67,7 @@ def test_the_memory_of_a_run_stays_below_what_was_claimed(data: st.DataObject) -
     policy = data.draw(st.sampled_from(list(WindowPolicy)))
     window = data.draw(st.integers(1, 5))
     units = [Unit(o.name, o.kind, n) for o, n in zip(operators, sizes, strict=True)]
-    schedule = generate(units, window, policy)
+    schedule = generate(units, window, policy, data.draw(st.integers(0, 8)))
     entries = st.tuples(st.integers(0, 6), st.integers(1, 3 * MIB))
     inbox = data.draw(st.dictionaries(st.sampled_from(["boundary", "batch"]), entries))
     vault = LocalVault(0)
