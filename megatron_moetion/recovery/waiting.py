@@ -23,8 +23,8 @@ from megatron_moetion.recovery.failure import Interrupted
 # Parts of it carry no types.
 _cuda: Any = torch.cuda
 
-_NATIVE = ("pt_gloo_runloop", "gloo_tcp_loop")
-"""Names of threads, cut by the kernel to 15 characters."""
+_WORKERS = "pt_gloo_runloop"
+"""Name of the threads that run gloo's collectives, cut by the kernel to 15 characters."""
 
 
 class Wait(Enum):
@@ -141,12 +141,12 @@ class Waits:
             return not self._alone
 
     def settle(self) -> None:
-        """Returns once no call that was left alone can write to anything any more.
+        """Returns once no collective writes to its outputs any more.
 
-        To be called when the connections of its group are gone: then it has ended, or it sleeps and
-        nothing will wake it but the group's timeout, which makes it raise.
+        To be called when the connections of aborted groups are cut. Then a collective that nobody
+        waits for, as it was left alone or dropped, has ended, or it sleeps until it raises.
         """
-        while not self.all_ended() and _awake():
+        while any(name == _WORKERS and state in "RD" for name, state in _threads()):
             os.sched_yield()
 
     def _is_off(self, call: _Call) -> bool:
@@ -155,11 +155,6 @@ class Waits:
     def _kind(self) -> Wait:
         kind: Wait = getattr(self._local, "kind", Wait.INSIDE)
         return kind
-
-
-def _awake() -> bool:
-    """Whether any thread of torch's or gloo's process groups is doing something."""
-    return any(state in "RD" for name, state in _threads() if name.startswith(_NATIVE))
 
 
 def _threads() -> Iterator[tuple[str, str]]:
