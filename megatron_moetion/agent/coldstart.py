@@ -15,6 +15,8 @@ from megatron_moetion.vault import spill
 from megatron_moetion.vault.spill import DamagedSpill, Record
 from megatron_moetion.vault.store import VaultStore
 
+MAX_TOLD = 3
+"""Differences that a refusal names."""
 Share = Callable[[str, Any], list[Any]]
 """Tells every node a JSON value under a topic; returns what all nodes said, by node rank."""
 
@@ -126,10 +128,13 @@ def mismatch(record: Record, identity: dict[str, str]) -> str | None:
     different = [n for n in names if record.identity.get(n) != identity.get(n)]
     if not different:
         return None
-    first = different[0]
-    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-    was, now = (each.get(first, "not there") for each in (record.identity, identity))
+    told = [
+        f"{name} was {record.identity.get(name, 'not there')} and is"
+        f" {identity.get(name, 'not there')}"
+        for name in different[:MAX_TOLD]
+    ]
+    more = f" and {len(different) - MAX_TOLD} more" if len(different) > MAX_TOLD else ""
     return (
-        f"the spill of iteration {record.span.iteration} is of another run: {first} was {was} and"
-        f" is {now}{more}; start with what it was made with, or afresh with another --moetion-dir"
+        f"the spill of iteration {record.span.iteration} is of another run: {', '.join(told)}{more};"
+        " start with what it was made with, or afresh with another --moetion-dir"
     )
