@@ -135,6 +135,6 @@ def mismatch(record: Record, identity: dict[str, str]) -> str | None:
     ]
     more = f" and {len(different) - MAX_TOLD} more" if len(different) > MAX_TOLD else ""
     return (
-        f"the spill of iteration {record.span.iteration} is of another run: {', '.join(told)}{more};"
-        " start with what it was made with, or afresh with another --moetion-dir"
+        f"the spill of iteration {record.span.iteration} is of another run: {', '.join(told)}{more}"
+        "; start with what it was made with, or afresh with another --moetion-dir"
     )
