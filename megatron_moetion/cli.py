@@ -44,6 +44,15 @@ def _add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     compare.add_argument("run_b", type=Path, metavar="RUN_B")
     compare.set_defaults(action=_compare)
 
+    export = commands.add_parser(
+        "export", help="write the newest spill of a run as an ordinary Megatron checkpoint"
+    )
+    export.add_argument("directory", type=Path, metavar="DIR")
+    export.add_argument(
+        "command_line", nargs=argparse.REMAINDER, help="after --: the command line of the run"
+    )
+    export.set_defaults(action=_export)
+
     ledger = commands.add_parser("ledger", help="write the table of all patch rows")
     ledger.add_argument("--check", action="store_true", help="only fail when it is stale")
     ledger.set_defaults(action=_ledger)
@@ -87,6 +96,20 @@ def _compare(args: argparse.Namespace) -> int:
         return 2
     print(comparison)
     return int(comparison.difference is not None)
+
+
+def _export(args: argparse.Namespace) -> int:
+    command_line = args.command_line[args.command_line[:1] == ["--"] :]
+    if not command_line:
+        print("moetion: error: give the run's own command line after --", file=sys.stderr)
+        return 2
+    # The run itself does it: what is rebuilt is spread over its workers, on all of its nodes.
+    command = [*command_line, "--moetion-export", str(args.directory.absolute())]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"moetion: error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _ledger(args: argparse.Namespace) -> int:

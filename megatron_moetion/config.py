@@ -186,6 +186,26 @@ class Config:
             _memory,
         ),
     )
+    spill_interval: int = field(
+        default=0,
+        metadata=_flag(
+            "--moetion-spill-interval",
+            "N",
+            "Every N windows write all that a rebuild needs to --moetion-dir, and start from the "
+            "newest such spill there; 0 does neither.",
+            _whole(0),
+        ),
+    )
+    export: Path | None = field(
+        default=None,
+        metadata=_flag(
+            "--moetion-export",
+            "DIR",
+            "Start from the newest spill, write an ordinary Megatron checkpoint of it to DIR, and "
+            "end.",
+            _directory,
+        ),
+    )
     timeout_seconds: float = field(
         default=600.0,
         metadata=_flag(
@@ -237,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                 details["flag"],
                 dest=destination,
                 metavar=details["metavar"],
-                default=str(entry.default),
+                default=None if entry.default is None else str(entry.default),
                 help=f"{details['help']} Default: {entry.default or '(none)'}.",
             )
     return parser
@@ -304,6 +324,12 @@ def _destination(flag: str) -> str:
 def _check_relations(config: Config, env: Mapping[str, str]) -> None:
     if config.fault and not config.moetion:
         raise ConfigError("--moetion-fault needs --moetion: add --moetion or drop the fault")
+    if config.spill_interval and not config.moetion:
+        raise ConfigError("--moetion-spill-interval needs --moetion: add it or drop the spills")
+    if config.export is not None and not config.spill_interval:
+        raise ConfigError(
+            "--moetion-export starts from a spill: give the --moetion-spill-interval of the run"
+        )
     nodes = int(env.get("GROUP_WORLD_SIZE") or env.get("SLURM_NNODES") or 1)
     if config.replicas and config.replicas >= nodes:
         change = f"give at most {nodes - 1}" if nodes > 1 else "drop the flag or add nodes"

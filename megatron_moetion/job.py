@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -101,6 +101,7 @@ class Job:
         replacement: this process takes the place of a dead worker; it sets up on torch's fake
             process group.
         fake: torch.distributed is still the fake group.
+        claimed: this rank's memory has been claimed by a predecessor.
     """
 
     config: Config
@@ -114,6 +115,7 @@ class Job:
     notices: Notices
     replacement: bool
     fake: bool = False
+    claimed: bool = False
     backend: str = "nccl"
     group_timeout: timedelta = timedelta(minutes=10)
     facts: Facts | None = None
@@ -178,6 +180,7 @@ def open_job(
     global_rank: int,
     world_size: int,
     on_map: Callable[[torch.Tensor], None] | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> Job:
     """Connects to the agent of this node, or works without one.
 
@@ -185,18 +188,22 @@ def open_job(
 
     Args:
         on_map: called once with each new chunk of host memory, to register it as pinned memory.
+        identity: flags and versions that a later run must share to go on from what this one spills.
     """
     link = AgentLink.connect()
     replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
     fired: list[int] = []
+    claimed = False
     if link is not None:
         hello = {
             "op": "hello",
             "global_rank": global_rank,
             "pid": os.getpid(),
             "replacement": replacement,
+            "identity": dict(identity or {}),
         }
-        fired = link.request(hello)["fired"]
+        welcome = link.request(hello)
+        fired, claimed = welcome["fired"], welcome["claimed"]
     vault = (
         LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
     )
@@ -212,7 +219,7 @@ def open_job(
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience), replacement, fake=replacement,
+        Notices(patience), replacement, fake=replacement, claimed=claimed,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)

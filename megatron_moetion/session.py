@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from megatron_moetion.snapshot.frame import layout, sources, to_meta
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.budget import OTHER_WINDOWS, Claim, Need, need_of
+from megatron_moetion.vault.spill import Span
 
 
 class StopReplay(Exception):
@@ -78,6 +79,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
+        self._offered = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         job.hooks.append(self._on_notice)
@@ -124,8 +126,20 @@ class Session:
             self.log.write_state(key, self.host.start_state())
         else:
             self.host.load_start_state(known)
+        # The frame before the last one is sealed for sure.
+        self._offer_window(iteration - 2)
         self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
         self.reached("start")
+
+    def _offer_window(self, iteration: int) -> None:
+        """Keeps the window that ends at `iteration` for the agent, if it is one to be spilled."""
+        every = self.job.config.spill_interval * self.schedule.window
+        if self.job.link is None or not every or iteration % every or iteration <= self._offered:
+            return
+        self._offered = iteration
+        span = Span(iteration - self.schedule.window + 1, iteration)
+        kept = self.job.vault.keep(span.iterations)
+        self.job.send("window", span=asdict(span), kept=kept)
 
     def train_step(self, iteration: int, run: Callable[[], Any]) -> Any:
         """Stands around the host's training step.
@@ -248,7 +262,8 @@ class Session:
         buffers = sum(tensor.nbytes for tensor in self.host.buffers().values())
 
         def need(schedule: Schedule) -> Need:
-            return need_of(schedule, self.host.operators, buffers, inbox)
+            spills = self.job.link is not None and self.job.config.spill_interval > 0
+            return need_of(schedule, self.host.operators, buffers, inbox, spills)
 
         policy, split = self.schedule.policy, self.job.config.split
         others = {w: need(generate(units, w, policy, split)).total for w in OTHER_WINDOWS}
@@ -283,6 +298,8 @@ class Session:
             self._on_verdict(notice["epoch"], notice["committed"])
         elif op == "abort":
             self._abort(notice["epoch"])
+        elif op == "release":
+            self.job.vault.release(Span(**notice["span"]).iterations)
 
     def _on_verdict(self, epoch: int, committed: int) -> None:
         failed = self._stage_failed()

@@ -62,7 +62,14 @@ class Expired:
     timeout: timedelta
 
 
-Event = Exited | Said | Gathered | AgentLost | Expired
+@dataclass(frozen=True)
+class Restored:
+    """Nobody was started yet: the vaults hold what another job had spilled."""
+
+    iteration: int
+
+
+Event = Exited | Said | Gathered | AgentLost | Expired | Restored
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
 from megatron_moetion.vault.budget import Claim, free_bytes, refusal, table
 from megatron_moetion.vault.entry import Entry
+from megatron_moetion.vault.spill import Span
 from megatron_moetion.vault.store import VaultStore
 
 
@@ -122,6 +123,11 @@ class Desk:
         with self._lock:
             return self._positions.get(global_rank)
 
+    def place(self, positions: dict[int, dict[str, Any]]) -> None:
+        """Positions of local ranks whose workers are gone since before this process began."""
+        with self._lock:
+            self._positions.update(positions)
+
     def hush(self, global_rank: int) -> bool:
         """A worker has died: drain what it sent, then post `WorkerSilent`.
 
@@ -179,8 +185,9 @@ class Desk:
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         with self._lock:
+            claimed = {"claimed": rank in self._claims}
             with contextlib.suppress(ConnectionError):
-                channel.send({**self._welcome(rank), "id": hello["id"]})
+                channel.send({**self._welcome(rank), **claimed, "id": hello["id"]})
                 for notice in self._early.pop(rank, []):
                     channel.send(notice)
             self._workers[rank] = channel
@@ -205,6 +212,11 @@ class Desk:
                     self._store.publish(rank, Entry(**{name: message[name] for name in fields}))
                 case "drop":
                     self._store.drop(rank, message["below"])
+                case "window":
+                    # In order with the worker's drops, none of which may come first.
+                    if message["kept"]:
+                        self._store.pin(rank, Span(**message["span"]).iterations)
+                    self._post(FromWorker(rank, message))
                 case "position":
                     with self._lock:
                         self._positions[rank] = message["position"]
@@ -239,7 +251,8 @@ class Desk:
             if self._claims.keys() < set(self._members.own.global_ranks):
                 return
         limit = message["limit"]
-        available = free_bytes() if limit is None else limit
+        # What the vault holds already, after a cold start, is part of the claim.
+        available = free_bytes() + self._store.allocated_bytes() if limit is None else limit
         reason = refusal(self._claims, available)
         if reason is not None:
             reason = f"node {self._members.own.node_rank}: {reason}"
@@ -250,7 +263,9 @@ class Desk:
             for line in table(needs, available).splitlines():
                 print(f"moetion-run: {line}", file=sys.stderr)
         for claimant, request_id in self._claimants:
-            claimant.send({"op": "granted", "id": request_id})
+            # One that has died meanwhile is about to be seen, and its replacement need not ask.
+            with contextlib.suppress(OSError):
+                claimant.send({"op": "granted", "id": request_id})
 
     def _fetch(self, channel: Channel, message: Message) -> None:
         owner, request_id = message["global_rank"], message["id"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from megatron_moetion.agent.membership import Members
 
@@ -44,6 +45,7 @@ class Job:
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.
+        spills: folder of this node's spills; None without them.
     """
 
     members: Members
@@ -54,6 +56,7 @@ class Job:
     directory: str | None
     secret: bytes
     timeout: timedelta
+    spills: Path | None = None
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""

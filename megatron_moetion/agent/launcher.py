@@ -12,14 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
+from megatron_moetion.agent.coldstart import ColdStart, SpillDoesNotFit, share_over
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
 from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.spare import SPARE_FD
 from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config
+from megatron_moetion.patch_location import load_patches
+from megatron_moetion.vault.spill import FOLDER, Record
+from megatron_moetion.vault.store import VaultStore
 
 DEFAULT_PORT = 29500
 USAGE_EXIT_CODE = 2
@@ -67,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         num_workers = local_world_size(args.nproc_per_node)
         meeting = meet(rendezvous, num_workers)
         job = job_of(args, rendezvous, meeting, secret)
-        code = Node(job, meeting.listener).run()
-    except UsageError as error:
+        store = VaultStore()
+        record = cold_start(job, meeting.store, store)
+        code = Node(job, meeting.listener, store, record).run()
+    except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
     except MembershipError as error:
         _fail(str(error), 1)
@@ -193,7 +200,39 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         directory=option(script_args, "--moetion-dir") or default_dir,
         secret=bytes.fromhex(secret),
         timeout=rendezvous.timeout,
+        spills=spill_folder(script_args),
     )
+
+
+def cold_start(job: Job, exchange: TCPStore, store: VaultStore) -> Record | None:
+    """Load the newest spill that all nodes can go on from into this node's vault, if there is one.
+
+    Raises:
+        UsageError: there is nothing to export.
+        SpillDoesNotFit: see `ColdStart.take`.
+    """
+    script_args = job.program.args
+    if job.spills is None:
+        idle = Path(job.directory) / FOLDER if job.protected and job.directory else None
+        if idle is not None and any(idle.glob("*-*")):
+            line = f"the spills in {idle} are not used without --moetion-spill-interval"
+            print(f"moetion-run: {line}: a fresh start", file=sys.stderr)
+        return None
+    checkpoint = load_patches("checkpoint").newest(script_args)
+    share = share_over(exchange, job.members)
+    record = ColdStart(job.spills, job.members, share, checkpoint).take(store)
+    if record is None and option(script_args, "--moetion-export") is not None:
+        raise UsageError(f"--moetion-export: no spill in {job.spills} to be exported")
+    return record
+
+
+def spill_folder(script_args: Sequence[str]) -> Path | None:
+    """Where spills lie; None when the script's flags ask for none."""
+    interval = option(script_args, "--moetion-spill-interval") or "0"
+    if "--moetion" not in script_args or not interval.isdecimal() or not int(interval):
+        # What is not a number is refused by the workers, with all other flags.
+        return None
+    return Path(option(script_args, "--moetion-dir") or Config().dir).absolute() / FOLDER
 
 
 def worker_base_env(num_workers: int) -> dict[str, str]:

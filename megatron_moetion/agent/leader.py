@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -22,12 +23,15 @@ from megatron_moetion.agent.decision import (
     Notify,
     Record,
     Replace,
+    Restored,
     Said,
 )
 from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.spilling import Order, Release, Report, Settle, Spill, Spilling
 from megatron_moetion.agent.wire import Message
 from megatron_moetion.events import EventLog
 from megatron_moetion.recovery.phase import FINAL, Phase
+from megatron_moetion.vault.spill import Span
 
 
 class Decider(Protocol):
@@ -78,6 +82,7 @@ class Leader:
         send: gives an order to the agent of a node.
         log: for the timeline.
         timeout: for each phase of a recovery.
+        spilled: iteration of the spill that the job starts from, 0 if none.
     """
 
     def __init__(
@@ -87,12 +92,16 @@ class Leader:
         send: Callable[[int, Message], None],
         log: EventLog,
         timeout: timedelta,
+        spilled: int = 0,
     ) -> None:
         self._members = members
         self._decider = decider
         self._send = send
         self._log = log
         self._timeout = timeout
+        ranks = [rank for node in members.nodes for rank in node.global_ranks]
+        self._spilling = Spilling(ranks, len(members.nodes), spilled)
+        self._cold = spilled > 0
         self._inbox: deque[tuple[int, Message]] = deque()
         self._detected: float | None = None
         self._deadline: float | None = None
@@ -115,6 +124,17 @@ class Leader:
             case "exited":
                 self._detected = self._detected or time.monotonic()
                 event: Event = Exited(message["global_rank"], message["code"], message["position"])
+            case "said" if message["message"]["op"] == "window":
+                span, kept = Span(**message["message"]["span"]), message["message"]["kept"]
+                self._spill(self._spilling.offered(message["global_rank"], span, kept))
+                return
+            case "spilled":
+                span = Span(**message["span"])
+                self._spill(self._spilling.written(node_rank, span, message["error"]))
+                return
+            case "restored":
+                self._detected = time.monotonic()
+                event = Restored(message["iteration"])
             case "said":
                 event = Said(message["global_rank"], message["message"])
             case "gathered":
@@ -191,6 +211,25 @@ class Leader:
                     print(f"moetion-run: ending the job: {command.reason}", file=sys.stderr)
                 self._everywhere({"op": "end", "reason": command.reason, "code": command.code})
 
+    def _spill(self, orders: list[Order]) -> None:
+        for order in orders:
+            match order:
+                case Spill():
+                    self._everywhere({"op": "spill", "span": asdict(order.span)})
+                case Settle():
+                    settle = {"op": "settle", "span": asdict(order.span), "valid": order.valid}
+                    self._everywhere(settle)
+                case Release():
+                    self._everywhere({"op": "release", "span": asdict(order.span)})
+                case Report():
+                    self._log.emit(order.kind, iteration=order.iteration, detail=order.detail)
+                    if order.warning:
+                        print(
+                            f"moetion-run: warning: no spill of iteration {order.iteration}:"
+                            f" {order.detail}; training goes on",
+                            file=sys.stderr,
+                        )
+
     def _everywhere(self, order: Message) -> None:
         # This node last: its own end must not keep the others from hearing of it.
         for node in reversed(self._members.nodes):
@@ -201,8 +240,9 @@ class Leader:
             fields = {**fields, "ms": round((time.monotonic() - self._detected) * 1000, 1)}
         self._log.emit(kind, **fields)
         if kind == "resumed":
+            since, self._cold = "start" if self._cold else "failure", False
             print(
                 f"moetion-run: ranks {fields['recovered']} recovered, training again"
-                f" {fields['ms']:g} ms after the failure (epoch {fields['epoch']})",
+                f" {fields['ms']:g} ms after the {since} (epoch {fields['epoch']})",
                 file=sys.stderr,
             )

@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import asdict
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 
 from megatron_moetion.agent import supervision
+from megatron_moetion.agent.coldstart import mismatch, position_at
 from megatron_moetion.agent.desk import (
     Desk,
     FromPeer,
@@ -28,29 +30,47 @@ from megatron_moetion.agent.membership import MembershipError
 from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import Assignment, Spare
+from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.supervision import Child
 from megatron_moetion.agent.wire import Channel, Message, unix_address
 from megatron_moetion.events import EventLog
+from megatron_moetion.vault.spill import Record, Span
 from megatron_moetion.vault.store import VaultStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Node:
-    """The agent of one node; `run` returns the exit code of moetion-run."""
+    """The agent of one node; `run` returns the exit code of moetion-run.
 
-    def __init__(self, job: Job, listener: Listener) -> None:
+    Args:
+        job: what to run.
+        listener: for other agents.
+        store: this node's vault; None begins an empty one.
+        record: of the spill in the store that the job goes on from; None starts afresh.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        listener: Listener,
+        store: VaultStore | None = None,
+        record: Record | None = None,
+    ) -> None:
         self._job = job
+        self._record = record
         self._own = job.members.own
         self._listener = listener
         self._log = EventLog(job.directory, f"agent-{self._own.node_rank}")
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Item | Written] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._woken_end = socket.socketpair()
         self._wake_end.setblocking(False)
-        self._store = VaultStore()
+        self._store = VaultStore() if store is None else store
         peers = Peers(job.members, job.secret)
         self._desk = Desk(job.members, self._store, peers, job.secret, self._welcome, self._post)
+        self._identity: dict[str, str] = {}
+        self._spiller = self._open_spiller()
         self._spare: Spare | None = None
         self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
@@ -69,8 +89,7 @@ class Node:
         supervision.adopt_orphans()
         try:
             self._keep_spare()
-            for rank in self._own.global_ranks:
-                self._start(rank)
+            self._begin()
             while self._code is None:
                 self._turn()
             return self._code
@@ -79,6 +98,24 @@ class Node:
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
             self._store.close()
             self._log.close()
+
+    def _begin(self) -> None:
+        if self._record is None:
+            for rank in self._own.global_ranks:
+                self._start(rank)
+            return
+        iteration = self._record.span.iteration
+        self._desk.place({rank: position_at(iteration) for rank in self._own.global_ranks})
+        if self._leader is not None:
+            self._report({"op": "restored", "iteration": iteration})
+
+    def _open_spiller(self) -> Spiller | None:
+        if self._job.spills is None:
+            return None
+        started_from = None if self._record is None else self._record.name
+        run_id = self._job.env["MOETION_RUN_ID"]
+        where = (self._job.spills, self._job.members, self._store)
+        return Spiller(*where, run_id, started_from, self._post)
 
     def _open(self) -> None:
         address = unix_address(self._job.env["MOETION_AGENT"])
@@ -90,7 +127,10 @@ class Node:
                 if self._job.protected
                 else Unprotected(members.world_size)
             )
-            self._leader = Leader(members, decider, self._order, self._log, self._job.timeout)
+            spilled = 0 if self._record is None else self._record.span.iteration
+            self._leader = Leader(
+                members, decider, self._order, self._log, self._job.timeout, spilled
+            )
             self._desk.open(self._listener)
             self._await_peers()
         else:
@@ -144,7 +184,7 @@ class Node:
         self._hear_spare()
         return any(child.pid == pid for child in self._children)
 
-    def _post(self, item: Item) -> None:
+    def _post(self, item: Item | Written) -> None:
         self._items.put(item)
         # A full socket has enough in it to wake the loop.
         with contextlib.suppress(BlockingIOError):
@@ -173,12 +213,17 @@ class Node:
             "fired": self._fired,
         }
 
-    def _take(self, item: Item) -> None:
+    def _take(self, item: Item | Written) -> None:
         match item:
             case FromWorker():
-                if item.message["op"] != "hello":
-                    said = {"op": "said", "global_rank": item.global_rank, "message": item.message}
-                    self._report(said)
+                if item.message["op"] == "hello":
+                    self._meet(item.global_rank, item.message.get("identity", {}))
+                else:
+                    self._pass_on(item.global_rank, item.message)
+            case Written():
+                told = {"span": asdict(item.span), "error": item.error}
+                self._log.emit("written", nbytes=item.nbytes, seconds=item.seconds, **told)
+                self._report({"op": "spilled", **told})
             case WorkerSilent():
                 code = self._draining.pop(item.global_rank, None)
                 if code is not None:
@@ -195,6 +240,15 @@ class Node:
                 line = f"moetion-run: node {self._own.node_rank}: the leader is gone ({item.why})"
                 print(line, file=sys.stderr)
                 self._end("the leader is gone", 1)
+
+    def _pass_on(self, global_rank: int, message: Message) -> None:
+        self._report({"op": "said", "global_rank": global_rank, "message": message})
+
+    def _meet(self, global_rank: int, identity: dict[str, str]) -> None:
+        self._identity = identity
+        reason = None if self._record is None else mismatch(self._record, identity)
+        if reason is not None:
+            self._pass_on(global_rank, {"op": "hopeless", "reason": reason})
 
     def _report(self, message: Message) -> None:
         """Tell the leader, which may be this process."""
@@ -225,6 +279,12 @@ class Node:
                 self._start(order["global_rank"])
             case "forget":
                 self._forget(order["global_rank"], order["key"], order["reason"])
+            case "spill" if self._spiller is not None:
+                self._spiller.write(Span(**order["span"]), self._identity)
+            case "settle" if self._spiller is not None:
+                self._spiller.settle(Span(**order["span"]), order["valid"])
+            case "release":
+                self._release(Span(**order["span"]))
             case "gather":
                 self._gather(order["epoch"])
             case "end":
@@ -241,6 +301,11 @@ class Node:
         self._store.forget(global_rank, key)
         self._log.emit("quarantined", global_rank=global_rank, key=key, reason=reason)
         print(f"moetion-run: {reason}: not used any more", file=sys.stderr)
+
+    def _release(self, span: Span) -> None:
+        for rank in self._own.global_ranks:
+            self._store.unpin(rank, span.iterations)
+            self._desk.notify(rank, {"op": "release", "span": asdict(span)})
 
     def _gather(self, epoch: int) -> None:
         ranks = self._own.global_ranks

@@ -21,6 +21,7 @@ from megatron_moetion.agent.decision import (
     Notify,
     Record,
     Replace,
+    Restored,
     Said,
 )
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
@@ -83,6 +84,8 @@ class Round:
                 return self._hopeless(f"the agent of node {event.node_rank} is gone ({event.why})")
             case Expired():
                 return self._expired(event)
+            case Restored():
+                return self._restored(event)
 
     def missing(self) -> list[int]:
         """Global ranks (in GATHERING: node ranks) that the current phase still waits for."""
@@ -136,6 +139,16 @@ class Round:
             freeze,
             Replace(rank, self.epoch, tuple(sorted(self._fired))),
             # Without survivors nobody has to be asked.
+            *self._advance(),
+        ]
+
+    def _restored(self, event: Restored) -> list[Command]:
+        """A cold start is the death of everybody at the spill's iteration."""
+        self._dead |= self._all
+        self._begin()
+        return [
+            Record("cold-start", {"epoch": self.epoch, "iteration": event.iteration}),
+            *(Replace(rank, self.epoch, ()) for rank in sorted(self._all)),
             *self._advance(),
         ]
 

@@ -49,7 +49,11 @@ class Need:
 
 
 def need_of(
-    schedule: Schedule, operators: Sequence[Operator], buffer_bytes: int, inbox: Inbox
+    schedule: Schedule,
+    operators: Sequence[Operator],
+    buffer_bytes: int,
+    inbox: Inbox,
+    spills: bool = False,
 ) -> Need:
     """What one rank needs, with at most one failure of it in the iterations that are kept; each
     further one may take a chunk more for each kind of entry until the older ones are dropped.
@@ -58,13 +62,14 @@ def need_of(
         operators: of this rank.
         buffer_bytes: all model buffers, part of every frame.
         inbox: what this rank logs in one iteration, at most.
+        spills: one window more is kept while it is being written to disk.
     """
     by_name = {operator.name: operator for operator in operators}
     slots = [schedule.frame_of_slot(slot) for slot in range(schedule.window)]
     largest = max(frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
     # In iteration i those of i - kept to i are held, of which the first was dense at the start. One
     # more, as a replacement cannot fill up what its predecessor began.
-    kept = schedule.frames_kept + 1
+    kept = schedule.frames_kept + 1 + (schedule.window + 1 if spills else 0)
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
     start = frame_bytes(schedule.dense, by_name, buffer_bytes)
     return Need(size_class(start), kept * size_class(largest), (kept + 1) * logs)

@@ -105,6 +105,10 @@ class Vault:
         self._writing: dict[str, _Region] = {}
         self._sealed: dict[str, _Region] = {}
         self._below = 0
+        # The other lock is held while the agent is asked for memory, and its answer may wait behind
+        # the notice that calls `release`.
+        self._kept_lock = threading.Lock()
+        self._kept = range(0)
 
     def reserve(self, key: str, nbytes: int) -> torch.Tensor:
         """Get a region to write an entry into.
@@ -195,8 +199,31 @@ class Vault:
             # The agent must forget first: a chunk that is reused must no longer be indexed.
             self._shelf.drop(below)
             self._below = max(self._below, below)
-            for key in [key for key in self._sealed if split_key(key)[1] < below]:
+            iterations, kept = {key: split_key(key)[1] for key in self._sealed}, self._kept
+            for key in [k for k, i in iterations.items() if i < below and i not in kept]:
                 self._leave(self._sealed.pop(key))
+
+    def keep(self, iterations: range) -> bool:
+        """Leave sealed entries of these iterations alone although they are dropped, for the agent
+        to read.
+
+        Returns:
+            False when others are kept already: one stretch at a time, so that memory is bounded.
+        """
+        with self._kept_lock:
+            if self._kept:
+                return False
+            self._kept = iterations
+            return True
+
+    def release(self, iterations: range) -> None:
+        """Undo `keep`: the next `drop` counts for these too. No-op unless they are what is kept.
+
+        Never waits for the agent, so that the listener of its notices may call it.
+        """
+        with self._kept_lock:
+            if self._kept == iterations:
+                self._kept = range(0)
 
     def fetch(self, global_rank: int, key: str) -> Fetched | None:
         """Read a sealed entry of any rank of the job.

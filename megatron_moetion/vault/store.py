@@ -33,6 +33,8 @@ class VaultStore:
         self._held: dict[int, _Held] = {}
         self._free: dict[int, list[Chunk]] = {}
         self._index: dict[int, dict[str, Entry]] = {}
+        self._below: dict[int, int] = {}
+        self._pinned: dict[int, range] = {}
 
     def new_chunk(self, global_rank: int, nbytes: int) -> Chunk:
         """Hand out a chunk of at least `nbytes` to a live worker."""
@@ -69,11 +71,25 @@ class VaultStore:
                 self._leave(older)
 
     def drop(self, global_rank: int, below: int) -> None:
-        """Forget the entries of a rank whose iteration is below `below`."""
+        """Forget the entries of a rank whose iteration is below `below`, pinned ones later."""
         with self._lock:
-            index = self._index.get(global_rank, {})
-            for key in [key for key in index if split_key(key)[1] < below]:
-                self._leave(index.pop(key))
+            self._below[global_rank] = max(below, self._below.get(global_rank, 0))
+            self._drop(global_rank)
+
+    def pin(self, global_rank: int, iterations: range) -> None:
+        """Keep entries of these iterations, and of no others, beyond their `drop`."""
+        with self._lock:
+            self._pinned[global_rank] = iterations
+            self._drop(global_rank)
+
+    def unpin(self, global_rank: int, iterations: range) -> None:
+        """Undo `pin`: what was to be dropped in the meantime is dropped now. No-op unless these
+        are what is pinned.
+        """
+        with self._lock:
+            if self._pinned.get(global_rank) == iterations:
+                del self._pinned[global_rank]
+                self._drop(global_rank)
 
     def forget(self, global_rank: int, key: str) -> None:
         """Forget one entry; no-op if there is none."""
@@ -122,6 +138,13 @@ class VaultStore:
             self._held.clear()
             self._free.clear()
             self._index.clear()
+
+    def _drop(self, global_rank: int) -> None:
+        index = self._index.get(global_rank, {})
+        below, pinned = self._below.get(global_rank, 0), self._pinned.get(global_rank, range(0))
+        iterations = {key: split_key(key)[1] for key in index}
+        for key in [key for key, i in iterations.items() if i < below and i not in pinned]:
+            self._leave(index.pop(key))
 
     def _leave(self, entry: Entry) -> None:
         held = self._held[entry.chunk]

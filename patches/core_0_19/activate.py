@@ -1,5 +1,6 @@
 """Starts the product once every row is applied."""
 
+import os
 from argparse import Namespace
 
 from megatron_moetion import faults, rehearsal
@@ -23,6 +24,11 @@ def activate(args: Namespace, config: Config) -> None:
         activation.refuse(
             "a replay is bit-identical only with deterministic kernels; add --deterministic-mode "
             "and what it asks for"
+        )
+    if config.spill_interval and not os.environ.get("MOETION_AGENT"):
+        activation.refuse(
+            "--moetion-spill-interval needs the agents of moetion-run: start the job with "
+            "moetion-run, or drop the flag"
         )
     most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3 + config.split
     if config.window_size > most:

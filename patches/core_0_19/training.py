@@ -29,7 +29,9 @@ from megatron_moetion.session import Session
 from megatron_moetion.vault.budget import MemoryDoesNotFit
 
 from ..activation import refuse
+from .export import export
 from .host import Call, MegatronHost
+from .identity import identity
 
 JOB: Job | None = None
 SESSION: Session | None = None
@@ -250,6 +252,9 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
+    directory = job().config.export
+    if directory is not None:
+        export(host_view, iteration, state, directory)
     if joined is not None:
         return joined[0]
     # The host's loop gathers parameters by hooks only after its first iteration; its peers are past
@@ -285,12 +290,12 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
     policy = WindowPolicy(this.config.window_policy)
     plan = generate(units, this.config.window_size, policy, this.config.split)
-    if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.replacement:
+    if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.claimed:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
     this.events.emit("scheduled", window=plan.window, policy=policy, split=plan.split)
     SESSION = Session(this, where, host_view, plan)
-    if not this.replacement:
+    if not this.claimed:
         try:
             SESSION.claim_memory(units)
         except MemoryDoesNotFit as error:
@@ -385,7 +390,7 @@ def open_job(config: Config, args: Any) -> None:
         if torch.cuda.is_available() and torch.version.cuda and not _rehearsing()
         else None
     )
-    JOB = jobs.open_job(config, args.rank, args.world_size, on_map)
+    JOB = jobs.open_job(config, args.rank, args.world_size, on_map, identity(args))
 
 
 def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

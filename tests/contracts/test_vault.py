@@ -18,6 +18,7 @@ from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.agent.wire import Channel, unix_address
 from megatron_moetion.vault import CorruptEntry, LocalVault, Vault
+from megatron_moetion.vault.shelf import StoreShelf
 from megatron_moetion.vault.store import VaultStore
 
 SECRET = b"contract"
@@ -297,3 +298,42 @@ def test_a_bad_message_is_refused_with_its_reason(two_nodes: TwoNodes) -> None:
     two_nodes.vault(0)
     with pytest.raises(RuntimeError, match="global rank 7 is not one of 2"):
         two_nodes.links[0].request({"op": "fetch", "global_rank": 7, "key": "frame/1/a"})
+
+
+def test_what_is_kept_is_neither_dropped_nor_overwritten_until_it_is_released(
+    pair: tuple[Vault, Vault],
+) -> None:
+    writer, _ = pair
+    views = {}
+    for iteration in range(1, 7):
+        key = f"frame/{iteration}/a"
+        views[iteration] = writer.reserve(key, 100)
+        views[iteration].fill_(iteration)
+        writer.seal(key, {})
+    assert writer.keep(range(2, 4))
+    assert not writer.keep(range(4, 6)), "one stretch at a time"
+    writer.drop(6)
+    reused = [writer.reserve(f"frame/{i}/b", 100).fill_(99) for i in range(7, 10)]
+    assert [int(views[i][0]) for i in (2, 3)] == [2, 3]
+    writer.release(range(1, 3))
+    writer.release(range(2, 4))
+    writer.drop(6)
+    reused += [writer.reserve(f"frame/{i}/b", 100).fill_(99) for i in range(10, 12)]
+    assert [int(views[i][0]) for i in (2, 3)] == [99, 99]
+    assert writer.keep(range(4, 6))
+
+
+def test_a_notice_can_release_while_the_vault_waits_for_memory() -> None:
+    class Slow(StoreShelf):
+        def chunk(self, nbytes: int) -> tuple[int, str, int]:
+            notice = threading.Thread(target=vault.release, args=(range(1, 2),), daemon=True)
+            notice.start()
+            notice.join(timeout=30)
+            assert not notice.is_alive(), "the notice waits for the vault, which waits for it"
+            return super().chunk(nbytes)
+
+    store = VaultStore()
+    vault = Vault(Slow(store, RANK), RANK)
+    assert vault.keep(range(1, 2))
+    vault.put("frame/1/a", pattern(10), {})
+    store.close()

@@ -20,6 +20,8 @@ FLAGS = {
     "--moetion-digest-interval": "N",
     "--moetion-fault": "SPEC",
     "--moetion-memory": "auto|GIB",
+    "--moetion-spill-interval": "N",
+    "--moetion-export": "DIR",
     "--moetion-timeout": "SECONDS",
 }
 README = ROOT / "README.md"

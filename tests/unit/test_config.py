@@ -25,6 +25,8 @@ FLAGS = [
     "--moetion-digest-interval",
     "--moetion-fault",
     "--moetion-memory",
+    "--moetion-spill-interval",
+    "--moetion-export",
     "--moetion-timeout",
 ]
 """Frozen: a flag is a promise to users."""
@@ -92,6 +94,8 @@ def test_digests_work_without_protection() -> None:
             ["--moetion-fault", "kill:global_rank=1,iteration=1,at=end"],
             "--moetion-fault needs --moetion",
         ),
+        (["--moetion-spill-interval", "1"], "--moetion-spill-interval needs --moetion"),
+        (["--moetion", "--moetion-export", "out"], "give the --moetion-spill-interval of the run"),
         (
             ["--moetion", "--moetion-fault", "kill:global_rank=4,iteration=1,at=end"],
             "names global_rank=4 and this job has 4 ranks",

@@ -22,6 +22,7 @@ from megatron_moetion.agent.decision import (
     Notify,
     Record,
     Replace,
+    Restored,
     Said,
 )
 from megatron_moetion.agent.round import MAX_RETRIES, Round
@@ -341,6 +342,34 @@ def test_a_phase_that_takes_too_long_ends_the_job_and_names_who_is_missing(
     leader = in_phase(phase)
     (end,) = ends(leader.feed(Expired(1, phase, timedelta(seconds=30))))
     assert end.reason.startswith(f"{who} did not answer within 30 s in phase {phase.name}")
+
+
+def test_a_cold_start_is_the_death_of_everybody_at_the_iteration_of_the_spill() -> None:
+    leader = Round(NODES)
+    commands = leader.feed(Restored(8))
+    assert [c for c in commands if isinstance(c, Replace)] == [Replace(r, 1, ()) for r in WORLD]
+    assert leader.phase is Phase.REGROUPING
+    commands = feed_all(leader, [say(rank, "ready", epoch=0) for rank in WORLD])
+    assert Gather(1) in commands
+    spilled = {"iteration": 9, "committed": 8}
+    for node_rank, ranks in enumerate(NODES):
+        positions = {str(rank): spilled for rank in ranks}
+        commands = leader.feed(Gathered(node_rank, 1, {}, positions))
+    (facts,) = notices(commands, "facts")
+    assert facts.global_ranks == WORLD
+    assert (facts.message["committed"], facts.message["dead"]) == (8, list(WORLD))
+    drive(leader, set(WORLD), Phase.TRAINING)
+    assert leader.phase is Phase.TRAINING
+
+
+def test_a_death_in_a_cold_start_is_recovered_from_like_any_other() -> None:
+    leader = Round(NODES)
+    leader.feed(Restored(8))
+    leader.feed(say(1, "ready", epoch=0))
+    commands = leader.feed(die(1, iteration=9))
+    assert Replace(1, 2, ()) in commands
+    drive(leader, set(WORLD), Phase.TRAINING)
+    assert leader.phase is Phase.TRAINING
 
 
 class World:

@@ -81,3 +81,38 @@ def test_a_live_workers_chunks_are_its_own_to_reuse(store: VaultStore) -> None:
     store.publish(0, entry("frame/1/a", chunk.number))
     store.drop(0, 2)
     assert store.new_chunk(0, 100) is not chunk
+
+
+def test_pinned_entries_are_dropped_when_they_are_released(store: VaultStore) -> None:
+    chunk = store.new_chunk(0, 100).number
+    for iteration in range(9, 15):
+        store.publish(0, entry(f"frame/{iteration}/a", chunk))
+    store.pin(0, range(10, 12))
+    store.drop(0, 14)
+    assert keys(store, 0) == ["frame/10/a", "frame/11/a", "frame/14/a"]
+    store.unpin(0, range(9, 12))
+    assert len(keys(store, 0)) == 3, "another pin was meant"
+    store.unpin(0, range(10, 12))
+    assert keys(store, 0) == ["frame/14/a"]
+
+
+def test_a_pin_outlives_its_worker_and_what_a_replacement_drops(store: VaultStore) -> None:
+    chunk = store.new_chunk(0, 100)
+    store.publish(0, entry("frame/10/a", chunk.number))
+    store.pin(0, range(10, 12))
+    store.orphan(0)
+    store.drop(0, 20)
+    assert store.new_chunk(0, 100) is not chunk
+    store.unpin(0, range(10, 12))
+    assert store.new_chunk(0, 100) is chunk
+
+
+def test_a_new_pin_takes_the_place_of_the_older_one(store: VaultStore) -> None:
+    chunk = store.new_chunk(0, 100).number
+    for iteration in (10, 20):
+        store.publish(0, entry(f"frame/{iteration}/a", chunk))
+    store.pin(0, range(10, 12))
+    store.drop(0, 30)
+    store.publish(0, entry("frame/20/b", chunk))
+    store.pin(0, range(20, 22))
+    assert keys(store, 0) == ["frame/20/b"]
