@@ -100,6 +100,7 @@ class Job:
     Attributes:
         replacement: this process takes the place of a dead worker; it sets up on torch's fake
             process group.
+        num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
     """
 
@@ -113,6 +114,7 @@ class Job:
     injector: Injector
     notices: Notices
     replacement: bool
+    num_copies: int = 0
     fake: bool = False
     backend: str = "nccl"
     group_timeout: timedelta = timedelta(minutes=10)
@@ -136,15 +138,18 @@ class Job:
         if self.link is not None:
             self.link.send({"op": op, **fields})
 
-    def claim_memory(self, claim: Claim) -> None:
+    def claim_memory(self, claim: Claim, lag: int) -> None:
         """Returns once the claims of all ranks of this node are known to fit.
+
+        Args:
+            lag: by how many frames copies on other nodes may be behind.
 
         Raises:
             MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
         limit = self.config.memory_bytes
         if self.link is not None:
-            self.link.request({"op": "claim", "limit": limit, **claim.to_json()})
+            self.link.request({"op": "claim", "limit": limit, "lag": lag, **claim.to_json()})
             return
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         alike = dict.fromkeys(range(num_local), claim)
@@ -189,6 +194,7 @@ def open_job(
     link = AgentLink.connect()
     replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
     fired: list[int] = []
+    num_copies = 0
     if link is not None:
         hello = {
             "op": "hello",
@@ -196,7 +202,8 @@ def open_job(
             "pid": os.getpid(),
             "replacement": replacement,
         }
-        fired = link.request(hello)["fired"]
+        welcome = link.request(hello)
+        fired, num_copies = welcome["fired"], welcome["copies"]
     vault = (
         LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
     )
@@ -212,7 +219,7 @@ def open_job(
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience), replacement, fake=replacement,
+        Notices(patience), replacement, num_copies, fake=replacement,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)

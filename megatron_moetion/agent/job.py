@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from megatron_moetion.agent.membership import Members
+from megatron_moetion.faults import Fault
+from megatron_moetion.vault.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Job:
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.
+        placement: where copies of frames go.
+        faults: the script of the whole job.
     """
 
     members: Members
@@ -54,6 +58,8 @@ class Job:
     directory: str | None
     secret: bytes
     timeout: timedelta
+    placement: Placement
+    faults: tuple[Fault, ...]
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""

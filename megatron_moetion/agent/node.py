@@ -10,11 +10,12 @@ import socket
 import sys
 import threading
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Listener
 
 from megatron_moetion.agent import supervision
-from megatron_moetion.agent.desk import (
-    Desk,
+from megatron_moetion.agent.desk import Desk
+from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
+from megatron_moetion.agent.items import (
+    Damaged,
     FromPeer,
     FromWorker,
     Item,
@@ -25,13 +26,13 @@ from megatron_moetion.agent.desk import (
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.leader import Leader, Unprotected
 from megatron_moetion.agent.membership import MembershipError
-from megatron_moetion.agent.peers import Peers
+from megatron_moetion.agent.parts import assemble
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.supervision import Child
-from megatron_moetion.agent.wire import Channel, Message, unix_address
+from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
-from megatron_moetion.vault.store import VaultStore
+from megatron_moetion.vault.entry import split_key
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -39,7 +40,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 class Node:
     """The agent of one node; `run` returns the exit code of moetion-run."""
 
-    def __init__(self, job: Job, listener: Listener) -> None:
+    def __init__(self, job: Job, listener: socket.socket) -> None:
         self._job = job
         self._own = job.members.own
         self._listener = listener
@@ -48,9 +49,11 @@ class Node:
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._woken_end = socket.socketpair()
         self._wake_end.setblocking(False)
-        self._store = VaultStore()
-        peers = Peers(job.members, job.secret)
-        self._desk = Desk(job.members, self._store, peers, job.secret, self._welcome, self._post)
+        self._parts = assemble(
+            job.members, job.placement, job.secret, job.faults, self._log, self._post
+        )
+        self._store, self._counters = self._parts.store, self._parts.counters
+        self._desk = Desk(job.members, self._parts, self._welcome, self._post)
         self._spare: Spare | None = None
         self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
@@ -76,13 +79,19 @@ class Node:
             return self._code
         finally:
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
+            durable = {str(r): i for r, i in self._parts.replication.durable().items()}
+            self._log.emit("counted", durable=durable, **self._counters.numbers())
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
             self._store.close()
             self._log.close()
 
+    def _admit(self, listener: socket.socket) -> None:
+        patience = self._job.timeout / PATIENCE_OF_TIMEOUT
+        secret, serve = self._job.secret, self._desk.serve
+        Gate(listener, secret, serve, patience, self._counters, self._log).open()
+
     def _open(self) -> None:
-        address = unix_address(self._job.env["MOETION_AGENT"])
-        self._desk.open(Listener(address, family="AF_UNIX", backlog=len(self._own.global_ranks)))
+        self._admit(listen_unix(self._job.env["MOETION_AGENT"], len(self._own.global_ranks)))
         if self._own.node_rank == 0:
             members = self._job.members
             decider = (
@@ -91,13 +100,14 @@ class Node:
                 else Unprotected(members.world_size)
             )
             self._leader = Leader(members, decider, self._order, self._log, self._job.timeout)
-            self._desk.open(self._listener)
+            self._admit(self._listener)
             self._await_peers()
         else:
-            self._desk.open(self._listener)
+            self._admit(self._listener)
             channel = self._connect_leader()
             self._peers[0] = channel
             threading.Thread(target=self._desk.follow, args=(0, channel), daemon=True).start()
+        self._parts.replication.start()
 
     def _connect_leader(self) -> Channel:
         leader = self._job.members.nodes[0]
@@ -171,6 +181,7 @@ class Node:
             "node_rank": self._own.node_rank,
             "agents": [list(ranks) for ranks in self._job.members.ranks_of_node],
             "fired": self._fired,
+            "copies": self._job.placement.num_copies,
         }
 
     def _take(self, item: Item) -> None:
@@ -183,6 +194,8 @@ class Node:
                 code = self._draining.pop(item.global_rank, None)
                 if code is not None:
                     self._report_exit(item.global_rank, code)
+            case Damaged():
+                self._report_damage(item)
             case PeerJoined():
                 self._peers[item.node_rank] = item.channel
             case FromPeer() if self._leader is not None:
@@ -223,8 +236,6 @@ class Node:
             case "replace":
                 self._epoch, self._fired = order["epoch"], order["fired"]
                 self._start(order["global_rank"])
-            case "forget":
-                self._forget(order["global_rank"], order["key"], order["reason"])
             case "gather":
                 self._gather(order["epoch"])
             case "end":
@@ -237,17 +248,26 @@ class Node:
         if message["op"] == "resume":
             self._keep_spare()
 
-    def _forget(self, global_rank: int, key: str, reason: str) -> None:
-        self._store.forget(global_rank, key)
-        self._log.emit("quarantined", global_rank=global_rank, key=key, reason=reason)
-        print(f"moetion-run: {reason}: not used any more", file=sys.stderr)
+    def _report_damage(self, item: Damaged) -> None:
+        where = {"global_rank": item.global_rank, "key": item.key, "copy": item.copy}
+        self._log.emit("quarantined", **where, reason=item.reason)
+        iteration = split_key(item.key)[1]
+        print(
+            f"moetion-run: node {self._own.node_rank}: copy {item.copy} of vault entry {item.key}"
+            f" (rank {item.global_rank}, iteration {iteration}) is damaged and not used any more:"
+            f" {item.reason}",
+            file=sys.stderr,
+        )
 
     def _gather(self, epoch: int) -> None:
         ranks = self._own.global_ranks
         positions = {str(rank): self._desk.position(rank) for rank in ranks}
+        below = {str(rank): self._store.below(rank) for rank in ranks}
         frames = {str(rank): self._desk.listings(rank, "frame/") for rank in ranks}
-        answer = {"op": "gathered", "epoch": epoch, "frames": frames, "positions": positions}
-        self._report(answer)
+        held = self._store.copied_ranks()
+        copies = {str(rank): self._desk.listings(rank, "frame/") for rank in held}
+        told = {"frames": frames, "positions": positions, "below": below, "copies": copies}
+        self._report({"op": "gathered", "epoch": epoch, **told})
 
     def _end(self, reason: str, code: int) -> None:
         self._code = code

@@ -95,6 +95,21 @@ def view(piece: Piece, data: torch.Tensor) -> torch.Tensor:
     return raw.view(piece.torch_dtype).reshape(piece.shape)
 
 
+def operator_ends(pieces: Sequence[Piece], nbytes: int) -> list[tuple[str, int]]:
+    """Where each operator's stretch of a frame ends, in layout order.
+
+    Args:
+        nbytes: of the frame.
+    """
+    after = [*pieces[1:], None]
+    edges = [(p.operator, n) for p, n in zip(pieces, after, strict=True)]
+    return [
+        (name, n.offset if n is not None else nbytes)
+        for name, n in edges
+        if n is None or n.operator != name
+    ]
+
+
 def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The frame's JSON description, kept in the vault beside its bytes."""
     rows = [[p.operator, p.param, p.part, p.dtype, list(p.shape), p.offset, p.host] for p in pieces]
