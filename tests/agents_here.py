@@ -12,7 +12,7 @@ from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.gate import Gate
 from megatron_moetion.agent.items import Damaged, FromWorker, Item
 from megatron_moetion.agent.link import AgentLink
-from megatron_moetion.agent.membership import Member, Members
+from megatron_moetion.agent.membership import BACKLOG, Member, Members
 from megatron_moetion.agent.parts import assemble
 from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.agent.wire import Channel, listen_tcp, listen_unix
@@ -47,7 +47,7 @@ class AgentsHere:
         directory: Path | None = None,
         started: bool = True,
     ) -> None:
-        listeners = [listen_tcp("127.0.0.1", 16) for _ in range(num_nodes)]
+        listeners = [listen_tcp("127.0.0.1", BACKLOG) for _ in range(num_nodes)]
         ports = [listener.getsockname()[1] for listener in listeners]
         nodes = tuple(Member(n, "127.0.0.1", port, 1, n) for n, port in enumerate(ports))
         placement = place([str(node) for node in range(num_nodes)], num_copies)

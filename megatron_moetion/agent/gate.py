@@ -87,22 +87,27 @@ class Gate:
                 self._turn_away(connection, "silent")
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            # It was gone before it was accepted, or this process has no descriptor left for it.
-            print(f"moetion-run: accepting a connection failed: {error}", file=sys.stderr)
-            if self._waiting:
-                self._turn_away(next(iter(self._waiting)), "displaced")
-            return
-        if len(self._waiting) >= MAX_WAITING:
+        # Several at once: where the kernel's queue is full, whoever comes next waits for a second.
+        for _ in range(MAX_WAITING):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # It was gone before it was accepted, or this process has no descriptor left.
+                print(f"moetion-run: accepting a connection failed: {error}", file=sys.stderr)
+                self._make_room(0)
+                return
+            self._make_room(MAX_WAITING - 1)
+            connection.setblocking(False)
+            deadline = time.monotonic() + self._patience.total_seconds()
+            self._waiting[connection] = _Visitor(deadline)
+            self._selector.register(connection, selectors.EVENT_READ)
+            self._listen_to(connection)
+
+    def _make_room(self, most: int) -> None:
+        while len(self._waiting) > most:
             self._turn_away(next(iter(self._waiting)), "displaced")
-        connection.setblocking(False)
-        self._waiting[connection] = _Visitor(time.monotonic() + self._patience.total_seconds())
-        self._selector.register(connection, selectors.EVENT_READ)
-        self._listen_to(connection)
 
     def _listen_to(self, connection: socket.socket) -> None:
         visitor = self._waiting[connection]

@@ -90,9 +90,10 @@ def _spread(domains: Sequence[str], num_copies: int) -> tuple[tuple[int, ...], .
 
 def _ring(domains: Sequence[str]) -> list[int]:
     """Nodes in an order in which neighbours are in different domains for as long as possible."""
-    seen: dict[str, int] = {}
+    order = list(dict.fromkeys(domains))
+    seen = dict.fromkeys(order, 0)
     turns = []
     for node, domain in enumerate(domains):
-        turns.append((seen.get(domain, 0), node))
-        seen[domain] = seen.get(domain, 0) + 1
-    return [node for _, node in sorted(turns)]
+        turns.append((seen[domain], order.index(domain), node))
+        seen[domain] += 1
+    return [node for *_, node in sorted(turns)]

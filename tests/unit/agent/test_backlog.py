@@ -13,7 +13,7 @@ def sealed(global_rank: int, iteration: int) -> Sealed:
 def test_items_are_taken_in_order() -> None:
     backlog = Backlog()
     items = [sealed(0, 1), Dropped(0, 1), sealed(1, 1)]
-    assert all([backlog.put(item) for item in items])
+    assert all(backlog.put(item) for item in items)
     assert [backlog.take() for _ in items] == items
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.agents_here import AgentsHere
 
 from megatron_moetion.events import read
 from megatron_moetion.faults import Fault, parse
 from megatron_moetion.vault import CorruptEntry, Vault
 from megatron_moetion.vault.arena import map_shared
+from tests.agents_here import AgentsHere
 
 NBYTES = 300_000
 ROOM = 8 << 20
@@ -79,7 +79,7 @@ def test_a_sealed_frame_is_copied_and_a_dropped_one_is_dropped_everywhere(make: 
     for iteration in range(5, 20):
         vault.drop(iteration - 1)
         put(vault, iteration)
-    agents.await_count(0, "durable frames", 19)
+        agents.await_count(0, "durable frames", iteration)
     assert agents.stores[1].allocated_bytes() == used <= ROOM
 
 
@@ -110,7 +110,7 @@ def test_the_next_copy_is_read_and_damaged_ones_never_again(
         assert fetched(vault, 0, 1)
         assert fetched(vault, 0, 1)
     else:
-        with pytest.raises(CorruptEntry, match="frame/1/x of rank 0 is damaged: .*: expert.0$"):
+        with pytest.raises(CorruptEntry, match=r"frame/1/x of rank 0 is damaged: .*: expert\.0$"):
             vault.fetch(0, "frame/1/x")
         assert not fetched(vault, 0, 1)
     # A copy behind a sound one is not read.

@@ -61,9 +61,9 @@ def test_the_fullest_node_holds_at_most_one_more_than_it_has_to(
 
 
 @FAST
-@given(st.integers(2, 5), st.integers(1, 4), st.randoms(use_true_random=False), st.data())
+@given(st.integers(2, 5), st.integers(1, 4), st.data())
 def test_domains_of_equal_size_are_loaded_equally(
-    num_domains: int, size: int, random: object, data: st.DataObject
+    num_domains: int, size: int, data: st.DataObject
 ) -> None:
     domains = data.draw(st.permutations([str(d) for d in range(num_domains)] * size))
     num_copies = data.draw(st.integers(1, num_domains - 1))
