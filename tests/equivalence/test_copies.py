@@ -4,6 +4,7 @@ A worker is killed from outside once the scripted damage has been done and a fra
 has been logged, so that the damaged frame is part of the newest base.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moetion.events import FOLDER
@@ -28,15 +29,13 @@ def flags(*faults: str) -> list[str]:
     return ["--moetion", "--moetion-window", str(WINDOW), "--moetion-fault", ";".join(faults)]
 
 
-def _kill_after(directory: Path, damaged: dict[int, tuple[int, ...]]) -> None:
-    for iteration in damaged:
+def _kill_after(directory: Path, frames: Sequence[int]) -> None:
+    for frame in frames:
+        next(line for line in follow(directory / "log") if f" iteration {frame + 2:8d}/" in line)
         # The owner's own copy is damaged last, when the others have been acknowledged.
-        owner = directory / FOLDER / "agent-2.jsonl"
-        wanted = (f'"iteration":{iteration},"copy":0', '"kind":"fault"')
-        next(line for line in follow(owner) if all(word in line for word in wanted))
-        next(
-            line for line in follow(directory / "log") if f" iteration {iteration + 2:8d}/" in line
-        )
+        (owner,) = (directory / FOLDER).glob("agent-2.*")
+        wanted = f'"iteration":{frame},"copy":0'
+        next(line for line in follow(owner) if '"kind":"fault"' in line and wanted in line)
         kill_workers(directory, (3,))
 
 
@@ -55,7 +54,7 @@ def test_the_next_copy_comes_before_an_older_base_and_damage_in_flight_is_sent_a
         iterations=LAST,
         workers_of_node=AGENTS,
         flags=flags(*faults),
-        meddle=lambda directory: _kill_after(directory, ROUNDS),
+        meddle=lambda directory: _kill_after(directory, list(ROUNDS)),
     )
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, LAST, lines_may_repeat=True)
@@ -94,7 +93,7 @@ def test_when_every_base_is_damaged_in_every_copy_the_job_ends_with_one_line(
         iterations=30,
         workers_of_node=AGENTS,
         flags=flags(*faults),
-        meddle=lambda directory: _kill_after(directory, {11: (0, 1, 2)}),
+        meddle=lambda directory: _kill_after(directory, [11]),
     )
     assert run.code != 0
     ended = [line for line in run.log.splitlines() if line.startswith("moetion-run: ending")]
