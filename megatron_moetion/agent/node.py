@@ -78,6 +78,7 @@ class Node:
                 self._turn()
             return self._code
         finally:
+            self._parts.replication.stop()
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
             durable = {str(r): i for r, i in self._parts.replication.durable().items()}
             self._log.emit("counted", durable=durable, **self._counters.numbers())

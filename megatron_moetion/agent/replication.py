@@ -39,10 +39,20 @@ Quarantined = Callable[[int, str, int, str], None]
 
 @dataclass
 class _Rank:
-    """How far the copies of a rank are."""
+    """How far the copies of a rank are.
+
+    Attributes:
+        sealed: its newest frame.
+        durable: its newest durable frame; -1 is none.
+        before: the iteration before its first frame; None before that.
+        bound: see `Replication.bound`.
+        behind: the copies are further behind than that.
+        acknowledged: numbers of the copies that there are, by key of the frame.
+    """
 
     sealed: int = -1
     durable: int = -1
+    before: int | None = None
     bound: int | None = None
     behind: bool = False
     acknowledged: dict[str, set[int]] = field(default_factory=dict)
@@ -77,6 +87,7 @@ class Replication:
         self._faults, self._quarantined = faults, quarantined
         self._first_rank = members.own.first_global_rank
         self._num_copies = placement.num_copies
+        self._stopped = False
         self._lock = threading.Lock()
         self._ranks = {rank: _Rank() for rank in members.own.global_ranks}
         num_streams = min(MAX_STREAMS, members.own.num_workers)
@@ -89,6 +100,10 @@ class Replication:
         """Begin; every agent must be listening."""
         for stream in self._all_streams():
             threading.Thread(target=stream.run, name="moetion-copies", daemon=True).start()
+
+    def stop(self) -> None:
+        """The job ends: what is not copied now is no news."""
+        self._stopped = True
 
     def announce(self, claims: Mapping[int, Any]) -> None:
         """Tell every holder what its copies of these ranks will come to, before any frame does.
@@ -111,6 +126,7 @@ class Replication:
         with self._lock:
             rank = self._ranks[global_rank]
             rank.sealed = max(rank.sealed, iteration)
+            rank.before = iteration - 1 if rank.before is None else rank.before
             rank.acknowledged[entry.key] = set()
         self._put(Sealed(global_rank, entry))
         self._measure(global_rank)
@@ -156,6 +172,8 @@ class Replication:
 
     def skip(self, item: Sealed, number: int, why: str) -> None:
         """Frames are not copied; training does not care, but it is said."""
+        if self._stopped:
+            return
         total = self._counters.add("skipped frames", number)
         fields = {"global_rank": item.global_rank, "key": item.entry.key, "why": why}
         self._log.emit("skipped", number=number, **fields)
@@ -189,7 +207,7 @@ class Replication:
     def _measure(self, global_rank: int) -> None:
         with self._lock:
             rank = self._ranks[global_rank]
-            lag = rank.sealed - rank.durable
+            lag = rank.sealed - max(rank.durable, -1 if rank.before is None else rank.before)
             # The frame that was sealed just now is on its way, not late.
             behind = rank.bound is not None and lag > rank.bound + 1
             began, rank.behind = behind and not rank.behind, behind

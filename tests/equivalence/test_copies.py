@@ -77,7 +77,6 @@ def test_the_next_copy_comes_before_an_older_base_and_damage_in_flight_is_sent_a
     durable = {r: i for e in run.events("counted") for r, i in e["durable"].items()}
     assert set(durable) == {"0", "1", "2", "3"}
     assert min(durable.values()) >= LAST - 2, durable
-    assert run.events("detected") != []
 
 
 def test_when_every_base_is_damaged_in_every_copy_the_job_ends_with_one_line(
