@@ -132,14 +132,6 @@ class AgentsHere:
                 self.refused.append((node_rank, item.message["reason"]))
             self._changed.notify_all()
 
-    def await_struck(self, number: int) -> None:
-        """Wait until so many scripted faults have been carried out, on any node."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._struck() >= number, WAIT_SECONDS)
-
-    def _struck(self) -> int:
-        return sum(parts.counters.numbers().get("faults", 0) for parts in self.parts)
-
     def await_damaged(self, number: int) -> list[tuple[int, Damaged]]:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.damaged) >= number, WAIT_SECONDS)
