@@ -66,10 +66,10 @@ def test_the_next_copy_comes_before_an_older_base_and_damage_in_flight_is_sent_a
         for copy in copies
     )
     # While a copy is left, the damaged frame is part of what is rebuilt from; then it is not.
-    first, second, *_, last = bases(run)
-    assert first <= 9 < first + WINDOW
-    assert second <= 21 < second + WINDOW
-    assert last <= 33 - WINDOW
+    one, two, *_, three = bases(run)
+    assert one <= 9 < one + WINDOW
+    assert two <= 21 < two + WINDOW
+    assert three <= 33 - WINDOW
     (resent,) = [e["resent frames"] for e in run.events("counted") if e["who"] == "agent-2"]
     assert resent == 2
     for line in (f"rank 3, iteration {frame}) is damaged" for frame in ROUNDS):
@@ -77,6 +77,14 @@ def test_the_next_copy_comes_before_an_older_base_and_damage_in_flight_is_sent_a
     durable = {r: i for e in run.events("counted") for r, i in e["durable"].items()}
     assert set(durable) == {"0", "1", "2", "3"}
     assert min(durable.values()) >= LAST - 2, durable
+    ranks, first = {}, 0
+    for node, count in enumerate(AGENTS):
+        ranks[f"agent-{node}"] = {f"rank{rank}" for rank in range(first, first + count)}
+        first += count
+    for node in run.events("vault"):
+        here = {node["who"], *ranks[node["who"]]}
+        claimed = sum(e["nbytes"] for e in run.events("claimed") if e["who"] in here)
+        assert 0 < node["allocated_bytes"] <= claimed, (node, claimed)
 
 
 def test_when_every_base_is_damaged_in_every_copy_the_job_ends_with_one_line(
