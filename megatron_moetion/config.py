@@ -22,6 +22,10 @@ AUTO_WINDOW = 4
 """What ``--moetion-window auto`` means in this version."""
 
 
+AUTO_REPLICAS = 2
+"""What ``--moetion-replicas auto`` means where there are enough failure domains."""
+
+
 class ConfigError(ValueError):
     """A flag, or a relation between flags, is wrong; the text is one line with what to change."""
 
@@ -39,13 +43,16 @@ def _whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def _window(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return _whole(1)(text)
-    except ValueError:
-        raise ValueError("give 'auto' or a whole number of at least 1") from None
+def _auto_or_whole(least: int) -> Callable[[str], int | Literal["auto"]]:
+    def read(text: str) -> int | Literal["auto"]:
+        if text == "auto":
+            return "auto"
+        try:
+            return _whole(least)(text)
+        except ValueError:
+            raise ValueError(f"give 'auto' or a whole number of at least {least}") from None
+
+    return read
 
 
 def _window_policy(text: str) -> str:
@@ -116,7 +123,7 @@ class Config:
             "--moetion-window",
             "auto|N",
             f"Frames that rebuild a full state. auto is {AUTO_WINDOW} in this version.",
-            _window,
+            _auto_or_whole(1),
         ),
     )
     window_policy: WindowPolicy = field(
@@ -138,13 +145,23 @@ class Config:
             _whole(0),
         ),
     )
-    replicas: int = field(
-        default=0,
+    replicas: int | Literal["auto"] = field(
+        default="auto",
         metadata=_flag(
             "--moetion-replicas",
-            "N",
-            "Copies of every frame and log on other nodes; must be below the number of nodes.",
-            _whole(0),
+            "auto|N",
+            "Copies of every frame on other nodes, each in a failure domain of its own. auto: "
+            f"{AUTO_REPLICAS}, or as many as there are failure domains for.",
+            _auto_or_whole(0),
+        ),
+    )
+    same_domain: bool = field(
+        default=False,
+        metadata=_flag(
+            "--moetion-same-domain",
+            "",
+            "Let copies of a frame lie in one failure domain where there are too few.",
+            bool,
         ),
     )
     dir: Path = field(
@@ -331,7 +348,7 @@ def _check_relations(config: Config, env: Mapping[str, str]) -> None:
             "--moetion-export starts from a spill: give the --moetion-spill-interval of the run"
         )
     nodes = int(env.get("GROUP_WORLD_SIZE") or env.get("SLURM_NNODES") or 1)
-    if config.replicas and config.replicas >= nodes:
+    if config.replicas != "auto" and config.replicas >= max(nodes, 1):
         change = f"give at most {nodes - 1}" if nodes > 1 else "drop the flag or add nodes"
         raise ConfigError(
             f"--moetion-replicas {config.replicas} needs at least {config.replicas + 1} nodes "

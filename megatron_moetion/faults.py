@@ -1,5 +1,7 @@
 """Scripted failures: `kill:global_rank=3,iteration=7,at=backward:1`, several joined by `;`.
 
+Workers fire their own faults (`Injector`); damage of copies is up to the agents (`Scripted`).
+
 A fault fires once in the life of a job. Before it fires it is reported (`on_fire`), so that a
 replacement, which gets the same command line, does not fire it again.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -26,6 +29,8 @@ PLACES = (
     "end",
 )
 _COUNTED = ("forward", "backward")
+DAMAGED_PLACES = ("capture", "transfer", "stored")
+"""Where a frame is damaged: when it is sealed, on its way to a holder, once copies are there."""
 
 
 class InjectedFault(RuntimeError):
@@ -38,11 +43,12 @@ class Fault:
 
     Attributes:
         kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
-            once), `corrupt` (a bit of the frame of that iteration flips after it was sealed).
-        global_rank: who fails.
+            once), `corrupt` (a bit of the frame of that iteration flips).
+        global_rank: who fails, or whose frame it is.
         iteration: in which iteration (1 is the first optimizer step).
-        place: one of PLACES.
+        place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
         microbatch: for `forward` and `backward`: the number of the pass on this rank, from 0.
+        copy: for `transfer` and `stored`: of the frame; 0 is the owner's own.
     """
 
     kind: str
@@ -50,6 +56,7 @@ class Fault:
     iteration: int
     place: str
     microbatch: int | None = None
+    copy: int | None = None
 
 
 def _parse_one(text: str) -> Fault:
@@ -58,30 +65,36 @@ def _parse_one(text: str) -> Fault:
         raise ValueError(f"fault '{text}': kind '{kind}' is none of {', '.join(KINDS)}")
     fields = dict(part.strip().partition("=")[::2] for part in rest.split(",") if part.strip())
     missing = [name for name in ("global_rank", "iteration", "at") if not fields.get(name)]
-    unknown = sorted(set(fields) - {"global_rank", "iteration", "at"})
+    known = {"global_rank", "iteration", "at", *(["copy"] if kind == "corrupt" else [])}
+    unknown = sorted(set(fields) - known)
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise ValueError(
             f"fault '{text}' {what}; write e.g. kill:global_rank=3,iteration=7,at=backward:1"
         )
     place, _, count = fields["at"].partition(":")
-    if place not in PLACES:
-        raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(PLACES)}")
+    places = DAMAGED_PLACES if kind == "corrupt" else PLACES
+    if place not in places:
+        raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(places)}")
     if (place in _COUNTED) != bool(count):
         raise ValueError(
             f"fault '{text}': only forward:K and backward:K take a microbatch, and need one"
         )
-    if kind == "corrupt" and place != "capture":
-        raise ValueError(f"fault '{text}': what is corrupted is a frame, write at=capture")
+    if ("copy" in fields) != (place in DAMAGED_PLACES[1:]):
+        raise ValueError(f"fault '{text}': only transfer and stored take copy=K, and need it")
     try:
-        numbers = [int(x) for x in (fields["global_rank"], fields["iteration"], count or "0")]
+        values = (fields["global_rank"], fields["iteration"], count or "0", fields.get("copy", "1"))
+        numbers = [int(value) for value in values]
     except ValueError:
         raise ValueError(
-            f"fault '{text}': ranks, iterations and microbatches are integers"
+            f"fault '{text}': ranks, iterations, microbatches and copies are integers"
         ) from None
+    if numbers[3] < (place == "transfer"):
+        raise ValueError(f"fault '{text}': copies on other nodes begin at 1, the owner's own is 0")
     if numbers[0] < 0 or numbers[1] < 1 or numbers[2] < 0:
         raise ValueError(f"fault '{text}': global_rank >= 0, iteration >= 1, microbatch >= 0")
-    return Fault(kind, numbers[0], numbers[1], place, numbers[2] if count else None)
+    copy = numbers[3] if "copy" in fields else None
+    return Fault(kind, numbers[0], numbers[1], place, numbers[2] if count else None, copy)
 
 
 def parse(spec: str) -> tuple[Fault, ...]:
@@ -125,13 +138,40 @@ class Injector:
 
     def corrupts(self, iteration: int) -> bool:
         """Whether the frame of this iteration is to be damaged; true once."""
-        due = [i for i, f in self._mine.items() if (f.kind, f.iteration) == ("corrupt", iteration)]
+        wanted = ("corrupt", "capture", iteration)
+        due = [i for i, f in self._mine.items() if (f.kind, f.place, f.iteration) == wanted]
         for index in due:
             self._take(index)
         return bool(due)
 
     def _take(self, index: int) -> None:
         self._on_fire(index, self._mine.pop(index))
+
+
+class Scripted:
+    """The damage that an agent is to do to copies of frames. Any thread may ask.
+
+    Args:
+        faults: of the whole job.
+        on_fire: told of each fault that fires.
+    """
+
+    def __init__(self, faults: Iterable[Fault], on_fire: Callable[[Fault], None]) -> None:
+        self._lock = threading.Lock()
+        self._left = [f for f in faults if f.copy is not None]
+        self._on_fire = on_fire
+
+    def strike(
+        self, place: str, global_rank: int, iteration: int, copy: int, damage: Callable[[], None]
+    ) -> None:
+        """Do the damage if it is due to this copy at this place; at most once."""
+        fault = Fault("corrupt", global_rank, iteration, place, None, copy)
+        with self._lock:
+            if fault not in self._left:
+                return
+            self._left.remove(fault)
+        damage()
+        self._on_fire(fault)
 
 
 def _fire(fault: Fault) -> NoReturn:

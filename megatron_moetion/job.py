@@ -100,6 +100,7 @@ class Job:
     Attributes:
         replacement: this process takes the place of a dead worker; it sets up on torch's fake
             process group.
+        num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
         claimed: this rank's memory has been claimed by a predecessor.
     """
@@ -114,6 +115,7 @@ class Job:
     injector: Injector
     notices: Notices
     replacement: bool
+    num_copies: int = 0
     fake: bool = False
     claimed: bool = False
     backend: str = "nccl"
@@ -138,15 +140,18 @@ class Job:
         if self.link is not None:
             self.link.send({"op": op, **fields})
 
-    def claim_memory(self, claim: Claim) -> None:
+    def claim_memory(self, claim: Claim, lag: int) -> None:
         """Returns once the claims of all ranks of this node are known to fit.
+
+        Args:
+            lag: by how many frames copies on other nodes may be behind.
 
         Raises:
             MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
         limit = self.config.memory_bytes
         if self.link is not None:
-            self.link.request({"op": "claim", "limit": limit, **claim.to_json()})
+            self.link.request({"op": "claim", "limit": limit, "lag": lag, **claim.to_json()})
             return
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         alike = dict.fromkeys(range(num_local), claim)
@@ -193,7 +198,7 @@ def open_job(
     link = AgentLink.connect()
     replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
     fired: list[int] = []
-    claimed = False
+    claimed, num_copies = False, 0
     if link is not None:
         hello = {
             "op": "hello",
@@ -203,7 +208,7 @@ def open_job(
             "identity": dict(identity or {}),
         }
         welcome = link.request(hello)
-        fired, claimed = welcome["fired"], welcome["claimed"]
+        fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
     vault = (
         LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
     )
@@ -219,7 +224,7 @@ def open_job(
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience), replacement, fake=replacement, claimed=claimed,
+        Notices(patience), replacement, num_copies, fake=replacement, claimed=claimed,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)

@@ -110,6 +110,15 @@ class Schedule:
         """
         return self.window * (1 if self.policy is WindowPolicy.ROLLING else 2) + 2
 
+    @property
+    def lag_bound(self) -> int:
+        """By how many frames copies on other nodes may lag; so many more are kept with copies.
+
+        Rolling frames are about equal, and one is always on its way. Tumbling ones shrink from slot
+        to slot, and a network that carries their mean is behind by up to a quarter of a window.
+        """
+        return 1 if self.policy is WindowPolicy.ROLLING else 1 + -(-self.window // 4)
+
 
 def order(units: Sequence[Unit], popularity: Mapping[str, float] | None = None) -> tuple[Unit, ...]:
     """Capture order: coldest experts first, routers and layers last (paper section 3.5).

@@ -38,7 +38,7 @@ from megatron_moetion.recovery.plan import (
 from megatron_moetion.recovery.rebuild import Frames, Rebuild
 from megatron_moetion.schedule import FramePlan, Schedule, Unit, generate
 from megatron_moetion.snapshot.copier import Ticket, copier_for
-from megatron_moetion.snapshot.frame import layout, sources, to_meta
+from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.budget import OTHER_WINDOWS, Claim, Need, need_of
@@ -85,6 +85,11 @@ class Session:
         job.hooks.append(self._on_notice)
 
     @property
+    def _kept_longer(self) -> int:
+        # Always and not only while copies are late: the memory has to be claimed in any case.
+        return self.schedule.lag_bound if self.job.num_copies else 0
+
+    @property
     def position(self) -> Position:
         return self._position
 
@@ -119,7 +124,7 @@ class Session:
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
         # Before anything new is logged: what is claimed at the start counts on that.
-        self.job.vault.drop(iteration - self.schedule.frames_kept)
+        self.job.vault.drop(iteration - self.schedule.frames_kept - self._kept_longer)
         key = HeaderKey(iteration)
         known = self.log.read_state(key) if self._position.iteration == iteration else None
         if known is None:
@@ -231,11 +236,11 @@ class Session:
         self.copier.copy(entries[:half], pieces[:half], data)
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
-        meta = to_meta(iteration, plan, pieces)
+        meta, ends = to_meta(iteration, plan, pieces), operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
 
         def publish() -> None:
-            vault.seal(key, meta)
+            vault.seal(key, meta, ends)
             if damage:
                 data[0] ^= 1
 
@@ -263,13 +268,14 @@ class Session:
 
         def need(schedule: Schedule) -> Need:
             spills = self.job.link is not None and self.job.config.spill_interval > 0
-            return need_of(schedule, self.host.operators, buffers, inbox, spills)
+            longer = schedule.lag_bound if self.job.num_copies else 0
+            return need_of(schedule, self.host.operators, buffers, inbox, spills, longer)
 
         policy, split = self.schedule.policy, self.job.config.split
         others = {w: need(generate(units, w, policy, split)).total for w in OTHER_WINDOWS}
         claim = Claim(need(self.schedule), others)
         self.job.events.emit("claimed", nbytes=claim.need.total)
-        self.job.claim_memory(claim)
+        self.job.claim_memory(claim, self._kept_longer)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""

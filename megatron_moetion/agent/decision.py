@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -37,12 +37,21 @@ class Said:
 
 @dataclass(frozen=True)
 class Gathered:
-    """One agent's inventories; keys are global ranks as strings."""
+    """One agent's inventories; keys are global ranks as strings.
+
+    Attributes:
+        frames: listings of its own ranks' frames.
+        positions: of its own ranks.
+        below: iterations below which its own ranks have dropped everything.
+        copies: listings of frames of other nodes' ranks of which it holds copies.
+    """
 
     node_rank: int
     epoch: int
     frames: Mapping[str, Any]
     positions: Mapping[str, Any]
+    below: Mapping[str, int] = field(default_factory=dict)
+    copies: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,15 +106,6 @@ class Gather:
 
 
 @dataclass(frozen=True)
-class Forget:
-    """Have a damaged entry of the vault never be used again."""
-
-    global_rank: int
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Record:
     """An event for the timeline."""
 
@@ -121,4 +121,4 @@ class End:
     code: int
 
 
-Command = Notify | Replace | Gather | Forget | Record | End
+Command = Notify | Replace | Gather | Record | End

@@ -10,60 +10,22 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
 from typing import Any
 
+from megatron_moetion.agent.equipment import Equipment
+from megatron_moetion.agent.items import (
+    Damaged,
+    FromPeer,
+    FromWorker,
+    Item,
+    PeerGone,
+    PeerJoined,
+    WorkerSilent,
+)
 from megatron_moetion.agent.membership import Members
-from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
-from megatron_moetion.vault.budget import Claim, free_bytes, refusal, table
 from megatron_moetion.vault.entry import Entry
 from megatron_moetion.vault.spill import Span
-from megatron_moetion.vault.store import VaultStore
-
-
-@dataclass(frozen=True)
-class FromWorker:
-    """A message of a local worker."""
-
-    global_rank: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class WorkerSilent:
-    """Everything that a local worker had sent before it closed has been posted."""
-
-    global_rank: int
-
-
-@dataclass(frozen=True)
-class FromPeer:
-    """A message over the control connection of another node."""
-
-    node_rank: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class PeerJoined:
-    """Another node's agent has connected to this one, the leader."""
-
-    node_rank: int
-    channel: Channel
-
-
-@dataclass(frozen=True)
-class PeerGone:
-    """A control connection ended."""
-
-    node_rank: int
-    why: str
-
-
-Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone
 
 
 class Desk:
@@ -71,9 +33,7 @@ class Desk:
 
     Args:
         members: all nodes; `members.own` is this one.
-        store: this node's vault.
-        peers: how to reach other nodes' vaults.
-        secret: the job's.
+        equipment: what the connections are about.
         welcome: what to tell a worker that says hello.
         post: hands an item to the main loop; called from many threads.
     """
@@ -81,29 +41,19 @@ class Desk:
     def __init__(
         self,
         members: Members,
-        store: VaultStore,
-        peers: Peers,
-        secret: bytes,
+        equipment: Equipment,
         welcome: Callable[[int], Message],
         post: Callable[[Item], None],
     ) -> None:
         self._members = members
-        self._store = store
-        self._peers = peers
-        self._secret = secret
+        self._equipment = equipment
+        self._store = equipment.store
         self._welcome = welcome
         self._post = post
         self._lock = threading.Lock()
         self._workers: dict[int, Channel] = {}
         self._early: dict[int, list[Message]] = {}
         self._positions: dict[int, dict[str, Any]] = {}
-        self._claims: dict[int, Claim] = {}
-        self._claimants: list[tuple[Channel, int]] = []
-
-    def open(self, listener: Listener) -> None:
-        """Accept connections for as long as the process lives."""
-        thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
-        thread.start()
 
     def notify(self, global_rank: int, message: Message) -> None:
         """Send a notice to a local worker, as soon as it has connected."""
@@ -142,27 +92,17 @@ class Desk:
             channel.stop_reading()
             return True
 
-    def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                connection = listener.accept()
-            except OSError as error:
-                print(f"moetion-run: accepting a connection failed: {error}", file=sys.stderr)
-                continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Connection) -> None:
+    def serve(self, channel: Channel, first: Message) -> None:
+        """Serve a connection that was let in until it ends; runs in a thread of its own."""
         try:
-            channel = Channel.accepted(connection, self._secret)
-            first = channel.receive()
-        except (AuthenticationError, ValueError) as error:
-            print(f"moetion-run: refused a connection: {error}", file=sys.stderr)
-            connection.close()
-            return
-        except (EOFError, OSError):
-            # It went away before it said who it was, like a worker that dies while it starts.
-            connection.close()
-            return
+            self._serve(channel, first)
+        except (KeyError, ValueError) as error:
+            line = f"ended a connection that sent what it must not: {error!r}"
+            print(f"moetion-run: {line}", file=sys.stderr)
+        finally:
+            channel.close()
+
+    def _serve(self, channel: Channel, first: Message) -> None:
         match first["op"]:
             case "hello" if first["global_rank"] in self._members.own.global_ranks:
                 self._serve_worker(first["global_rank"], channel, first)
@@ -171,9 +111,10 @@ class Desk:
                 self.follow(first["node_rank"], channel)
             case "vault":
                 self._serve_vault(channel)
-            case _:
-                print(f"moetion-run: refused {first['op']!r} of a stranger", file=sys.stderr)
-        channel.close()
+            case "copies":
+                self._equipment.copies.serve(channel, first["node_rank"])
+            case other:
+                raise ValueError(f"{other!r} as first message")
 
     def follow(self, node_rank: int, channel: Channel) -> None:
         """Post what another agent says until its connection ends; runs in the caller's thread."""
@@ -185,7 +126,7 @@ class Desk:
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         with self._lock:
-            claimed = {"claimed": rank in self._claims}
+            claimed = {"claimed": self._equipment.claims.asked(rank)}
             with contextlib.suppress(ConnectionError):
                 channel.send({**self._welcome(rank), **claimed, "id": hello["id"]})
                 for notice in self._early.pop(rank, []):
@@ -209,9 +150,12 @@ class Desk:
             match message["op"]:
                 case "entry":
                     fields = [field.name for field in dataclasses.fields(Entry)]
-                    self._store.publish(rank, Entry(**{name: message[name] for name in fields}))
+                    entry = Entry(**{name: message[name] for name in fields})
+                    self._store.publish(rank, entry)
+                    self._equipment.replication.sealed(rank, entry)
                 case "drop":
                     self._store.drop(rank, message["below"])
+                    self._equipment.replication.dropped(rank, message["below"])
                 case "window":
                     # In order with the worker's drops, none of which may come first.
                     if message["kept"]:
@@ -225,9 +169,11 @@ class Desk:
                     reply = {"chunk": chunk.number, "path": chunk.path, "nbytes": chunk.nbytes}
                     channel.send({"op": "chunk", "id": message["id"], **reply})
                 case "claim":
-                    self._claim(rank, channel, message)
+                    self._equipment.claims.take(rank, channel, message)
                 case "fetch":
                     self._fetch(channel, message)
+                case "quarantine":
+                    self._have_quarantined(channel, message)
                 case "inventory":
                     self._inventory(channel, message)
                 case _:
@@ -243,49 +189,45 @@ class Desk:
             else:
                 self._post(FromWorker(rank, {"op": "hopeless", "reason": reason}))
 
-    def _claim(self, rank: int, channel: Channel, message: Message) -> None:
-        """Hold every rank's answer back until all have asked and the node can tell."""
-        with self._lock:
-            self._claims[rank] = Claim.from_json(message)
-            self._claimants.append((channel, message["id"]))
-            if self._claims.keys() < set(self._members.own.global_ranks):
-                return
-        limit = message["limit"]
-        # What the vault holds already, after a cold start, is part of the claim.
-        available = free_bytes() + self._store.allocated_bytes() if limit is None else limit
-        reason = refusal(self._claims, available)
-        if reason is not None:
-            reason = f"node {self._members.own.node_rank}: {reason}"
-            self._post(FromWorker(rank, {"op": "hopeless", "reason": reason}))
-            return
-        if self._members.own.node_rank == 0:
-            needs = {global_rank: claim.need for global_rank, claim in self._claims.items()}
-            for line in table(needs, available).splitlines():
-                print(f"moetion-run: {line}", file=sys.stderr)
-        for claimant, request_id in self._claimants:
-            # One that has died meanwhile is about to be seen, and its replacement need not ask.
-            with contextlib.suppress(OSError):
-                claimant.send({"op": "granted", "id": request_id})
-
     def _fetch(self, channel: Channel, message: Message) -> None:
-        owner, request_id = message["global_rank"], message["id"]
-        node_rank = self._members.node_of(owner)
-        if node_rank != self._members.own.node_rank:
-            self._peers.fetch(node_rank, owner, message["key"], channel, request_id)
+        """Answer with the nearest copy: this node's, the owner's, then that of each holder."""
+        owner, key, request_id = message["global_rank"], message["key"], message["id"]
+        found = self._store.find(owner, key)
+        if found is not None:
+            entry, chunk = found
+            place = {"path": chunk.path, "offset": entry.offset}
+            reply = {"op": "found", "id": request_id, "node_rank": self._members.own_node_rank}
+            channel.send({**reply, **place, **describe(entry)})
             return
-        found = self._store.find(owner, message["key"])
-        if found is None:
-            channel.send({"op": "missing", "id": request_id})
-            return
-        entry, chunk = found
-        place = {"path": chunk.path, "offset": entry.offset}
-        channel.send({"op": "found", "id": request_id, **place, **describe(entry)})
+        home = self._members.node_of(owner)
+        kept = (home, *self._equipment.placement.holders[home])
+        for node_rank in [node for node in kept if node != self._members.own_node_rank]:
+            if self._equipment.peers.fetch(node_rank, owner, key, channel, request_id):
+                return
+        channel.send({"op": "missing", "id": request_id})
+
+    def _have_quarantined(self, channel: Channel, message: Message) -> None:
+        node_rank = message["node_rank"]
+        about = {name: message[name] for name in ("global_rank", "key", "checksum")}
+        if node_rank == self._members.own_node_rank:
+            reason = self._quarantine(**about)
+        else:
+            reason = self._equipment.peers.quarantine(node_rank, about)
+        channel.send({"op": "read", "id": message["id"], "reason": reason})
+
+    def _quarantine(self, global_rank: int, key: str, checksum: str) -> str | None:
+        reason = self._store.quarantine(global_rank, key, checksum)
+        if reason:
+            home = self._members.node_of(global_rank)
+            copy = self._equipment.placement.copy_number(home, self._members.own_node_rank)
+            self._post(Damaged(global_rank, key, copy or 0, reason))
+        return reason
 
     def _inventory(self, channel: Channel, message: Message) -> None:
         owner, prefix = message["global_rank"], message["prefix"]
         node_rank = self._members.node_of(owner)
         if node_rank != self._members.own.node_rank:
-            entries = self._peers.inventory(node_rank, owner, prefix)
+            entries = self._equipment.peers.inventory(node_rank, owner, prefix)
         else:
             entries = self.listings(owner, prefix)
         channel.send({"op": "inventory", "id": message["id"], "entries": entries})
@@ -301,6 +243,9 @@ class Desk:
                 if message["op"] == "inventory":
                     entries = self.listings(message["global_rank"], message["prefix"])
                     channel.send({"op": "inventory", "entries": entries})
+                elif message["op"] == "quarantine":
+                    reason = self._quarantine(**message["about"])
+                    channel.send({"op": "read", "reason": reason})
                 else:
                     self._send_entry(channel, message["global_rank"], message["key"])
         except (EOFError, OSError):
@@ -322,4 +267,9 @@ class Desk:
 
 def describe(entry: Entry) -> Message:
     """What a reader needs to know of an entry besides where it lies."""
-    return {"nbytes": entry.nbytes, "checksum": entry.checksum, "meta": entry.meta}
+    return {
+        "nbytes": entry.nbytes,
+        "checksum": entry.checksum,
+        "meta": entry.meta,
+        "parts": entry.parts,
+    }

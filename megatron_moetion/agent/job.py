@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_moetion.agent.membership import Members
+from megatron_moetion.faults import Fault
+from megatron_moetion.vault.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Job:
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.
+        placement: where copies of frames go.
+        faults: the script of the whole job.
         spills: folder of this node's spills; None without them.
     """
 
@@ -56,6 +60,8 @@ class Job:
     directory: str | None
     secret: bytes
     timeout: timedelta
+    placement: Placement
+    faults: tuple[Fault, ...]
     spills: Path | None = None
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:

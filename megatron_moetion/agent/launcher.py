@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,14 +16,17 @@ from typing import NoReturn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
+from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, SpillDoesNotFit, share_over
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
 from megatron_moetion.agent.node import Node
+from megatron_moetion.agent.script import agents_config, option, placement_of
 from megatron_moetion.agent.spare import SPARE_FD
 from megatron_moetion.agent.wire import ABSTRACT_MARK
-from megatron_moetion.config import Config
+from megatron_moetion.config import Config, ConfigError
 from megatron_moetion.patch_location import load_patches
+from megatron_moetion.vault.placement import PlacementError
 from megatron_moetion.vault.spill import FOLDER, Record
 from megatron_moetion.vault.store import VaultStore
 
@@ -54,6 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(0, 1),
         help="1: a warm process imports once and forks all workers of this node, 0: cold starts "
         "(default 1 with --moetion, else 0)",
+    )
+    parser.add_argument(
+        "--failure-domain",
+        default=os.environ.get("MOETION_FAILURE_DOMAIN") or socket.gethostname(),
+        metavar="LABEL",
+        help="what fails together with this node, for example its rack; copies of frames go to "
+        "nodes with other labels (default: $MOETION_FAILURE_DOMAIN, else the host's name)",
     )
     # torchrun's defaults cannot be told from a choice; ours depend on the number of nodes.
     parser.set_defaults(
@@ -133,6 +144,7 @@ def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
         master_addr=host or "127.0.0.1",
         master_port=_number("the master port", port) if port else fallback,
         timeout=timeout,
+        domain=args.failure_domain,
     )
 
 
@@ -171,9 +183,18 @@ def local_world_size(nproc_per_node: str) -> int:
 
 
 def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, secret: str) -> Job:
-    """Put together what this node runs."""
+    """Put together what this node runs.
+
+    Raises:
+        UsageError: a flag of ours that the agent has to know is wrong.
+    """
     script_args = tuple(args.training_script_args)
     protected = "--moetion" in script_args
+    try:
+        config = agents_config(script_args, rendezvous.num_nodes)
+        placement = placement_of(meeting.members, config)
+    except (ConfigError, PlacementError) as error:
+        raise UsageError(str(error)) from None
     default_dir = str(Config().dir) if protected else None
     env = {
         **worker_base_env(meeting.members.own.num_workers),
@@ -200,6 +221,8 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         directory=option(script_args, "--moetion-dir") or default_dir,
         secret=bytes.fromhex(secret),
         timeout=rendezvous.timeout,
+        placement=placement,
+        faults=faults.parse(config.fault),
         spills=spill_folder(script_args),
     )
 
@@ -268,17 +291,6 @@ def startup_folder() -> Path:
         if (Path(place) / "startup" / "sitecustomize.py").is_file():
             return Path(place) / "startup"
     raise UsageError("megatron_moetion_patches is not installed: install megatron-moetion again")
-
-
-def option(args: Sequence[str], name: str) -> str | None:
-    """Value of an option of the script, the last one if it is repeated."""
-    value = None
-    for index, arg in enumerate(args):
-        if arg == name and index + 1 < len(args):
-            value = args[index + 1]
-        elif arg.startswith(name + "="):
-            value = arg.partition("=")[2]
-    return value
 
 
 def _number(what: str, text: str | int) -> int:

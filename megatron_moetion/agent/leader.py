@@ -17,7 +17,6 @@ from megatron_moetion.agent.decision import (
     Event,
     Exited,
     Expired,
-    Forget,
     Gather,
     Gathered,
     Notify,
@@ -138,9 +137,8 @@ class Leader:
             case "said":
                 event = Said(message["global_rank"], message["message"])
             case "gathered":
-                event = Gathered(
-                    node_rank, message["epoch"], message["frames"], message["positions"]
-                )
+                told = (message[part] for part in ("frames", "positions", "below", "copies"))
+                event = Gathered(node_rank, message["epoch"], *told)
             case "lost":
                 event = AgentLost(node_rank, message["why"])
             case "signalled":
@@ -195,14 +193,6 @@ class Leader:
                 self._send(self._members.node_of(command.global_rank), order)
             case Gather():
                 self._everywhere({"op": "gather", "epoch": command.epoch})
-            case Forget():
-                forget: Message = {
-                    "op": "forget",
-                    "global_rank": command.global_rank,
-                    "key": command.key,
-                    "reason": command.reason,
-                }
-                self._send(self._members.node_of(command.global_rank), forget)
             case Record():
                 self._record(command.kind, command.fields)
             case End():

@@ -7,13 +7,14 @@ import secrets
 import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from multiprocessing.connection import Listener
 
 from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not in its stubs
     DistNetworkError,
     DistStoreError,
     TCPStore,
 )
+
+from megatron_moetion.agent.wire import listen_tcp
 
 BACKLOG = 128
 
@@ -32,6 +33,7 @@ class Member:
         port: likewise.
         num_workers: how many it runs.
         first_global_rank: of its workers; the others follow.
+        domain: label of what fails together: the host's name, or what the user calls its rack.
     """
 
     node_rank: int
@@ -39,6 +41,7 @@ class Member:
     port: int
     num_workers: int
     first_global_rank: int = 0
+    domain: str = ""
 
     @property
     def global_ranks(self) -> tuple[int, ...]:
@@ -90,6 +93,7 @@ class Rendezvous:
         master_addr: where node 0 is.
         master_port: of the store that node 0 hosts; 0 lets it choose (one node only).
         timeout: for the slowest agent to appear.
+        domain: of this node, see `Member`.
     """
 
     num_nodes: int
@@ -97,6 +101,7 @@ class Rendezvous:
     master_addr: str
     master_port: int
     timeout: timedelta
+    domain: str = ""
 
 
 def open_store(rendezvous: Rendezvous) -> TCPStore:
@@ -138,7 +143,7 @@ class Meeting:
     """
 
     store: TCPStore
-    listener: Listener
+    listener: socket.socket
     members: Members
     run_id: str
 
@@ -153,13 +158,13 @@ def meet(rendezvous: Rendezvous, num_workers: int) -> Meeting:
     # The address of this host that reaches the store is one that the others reach, too.
     with socket.create_connection((store.host, store.port)) as probe:
         host = probe.getsockname()[0]
-    listener = Listener((host, 0), family="AF_INET", backlog=BACKLOG)
+    listener = listen_tcp(host, BACKLOG)
     own = rendezvous.node_rank
     if store.add(f"moetion/taken/{own}", 1) != 1:
         raise MembershipError(f"node rank {own} is taken; give every node its own --node-rank")
     if own == 0:
         store.set("moetion/run", secrets.token_hex(6))
-    member = Member(own, host, listener.address[1], num_workers)
+    member = Member(own, host, listener.getsockname()[1], num_workers, 0, rendezvous.domain)
     store.set(f"moetion/agent/{own}", json.dumps(asdict(member)))
     nodes: list[Member] = []
     first_global_rank = 0

@@ -11,12 +11,14 @@ import sys
 import threading
 from dataclasses import asdict
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Listener
 
 from megatron_moetion.agent import supervision
 from megatron_moetion.agent.coldstart import mismatch, position_at
-from megatron_moetion.agent.desk import (
-    Desk,
+from megatron_moetion.agent.desk import Desk
+from megatron_moetion.agent.equipment import assemble
+from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
+from megatron_moetion.agent.items import (
+    Damaged,
     FromPeer,
     FromWorker,
     Item,
@@ -27,13 +29,13 @@ from megatron_moetion.agent.desk import (
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.leader import Leader, Unprotected
 from megatron_moetion.agent.membership import MembershipError
-from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.supervision import Child
-from megatron_moetion.agent.wire import Channel, Message, unix_address
+from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
+from megatron_moetion.vault.entry import split_key
 from megatron_moetion.vault.spill import Record, Span
 from megatron_moetion.vault.store import VaultStore
 
@@ -53,7 +55,7 @@ class Node:
     def __init__(
         self,
         job: Job,
-        listener: Listener,
+        listener: socket.socket,
         store: VaultStore | None = None,
         record: Record | None = None,
     ) -> None:
@@ -67,8 +69,17 @@ class Node:
         self._wake_end, self._woken_end = socket.socketpair()
         self._wake_end.setblocking(False)
         self._store = VaultStore() if store is None else store
-        peers = Peers(job.members, job.secret)
-        self._desk = Desk(job.members, self._store, peers, job.secret, self._welcome, self._post)
+        self._equipment = assemble(
+            job.members,
+            self._store,
+            job.placement,
+            job.secret,
+            job.faults,
+            self._log,
+            self._post,
+        )
+        self._counters = self._equipment.counters
+        self._desk = Desk(job.members, self._equipment, self._welcome, self._post)
         self._identity: dict[str, str] = {}
         self._spiller = self._open_spiller()
         self._spare: Spare | None = None
@@ -94,7 +105,10 @@ class Node:
                 self._turn()
             return self._code
         finally:
+            self._equipment.replication.stop()
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
+            durable = {str(r): i for r, i in self._equipment.replication.durable().items()}
+            self._log.emit("counted", durable=durable, **self._counters.numbers())
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
             self._store.close()
             self._log.close()
@@ -117,9 +131,13 @@ class Node:
         where = (self._job.spills, self._job.members, self._store)
         return Spiller(*where, run_id, started_from, self._post)
 
+    def _admit(self, listener: socket.socket) -> None:
+        patience = self._job.timeout / PATIENCE_OF_TIMEOUT
+        secret, serve = self._job.secret, self._desk.serve
+        Gate(listener, secret, serve, patience, self._counters, self._log).open()
+
     def _open(self) -> None:
-        address = unix_address(self._job.env["MOETION_AGENT"])
-        self._desk.open(Listener(address, family="AF_UNIX", backlog=len(self._own.global_ranks)))
+        self._admit(listen_unix(self._job.env["MOETION_AGENT"], len(self._own.global_ranks)))
         if self._own.node_rank == 0:
             members = self._job.members
             decider = (
@@ -131,13 +149,14 @@ class Node:
             self._leader = Leader(
                 members, decider, self._order, self._log, self._job.timeout, spilled
             )
-            self._desk.open(self._listener)
+            self._admit(self._listener)
             self._await_peers()
         else:
-            self._desk.open(self._listener)
+            self._admit(self._listener)
             channel = self._connect_leader()
             self._peers[0] = channel
             threading.Thread(target=self._desk.follow, args=(0, channel), daemon=True).start()
+        self._equipment.replication.start()
 
     def _connect_leader(self) -> Channel:
         leader = self._job.members.nodes[0]
@@ -211,6 +230,7 @@ class Node:
             "node_rank": self._own.node_rank,
             "agents": [list(ranks) for ranks in self._job.members.ranks_of_node],
             "fired": self._fired,
+            "copies": self._job.placement.num_copies,
         }
 
     def _take(self, item: Item | Written) -> None:
@@ -228,6 +248,8 @@ class Node:
                 code = self._draining.pop(item.global_rank, None)
                 if code is not None:
                     self._report_exit(item.global_rank, code)
+            case Damaged():
+                self._report_damage(item)
             case PeerJoined():
                 self._peers[item.node_rank] = item.channel
             case FromPeer() if self._leader is not None:
@@ -277,8 +299,6 @@ class Node:
             case "replace":
                 self._epoch, self._fired = order["epoch"], order["fired"]
                 self._start(order["global_rank"])
-            case "forget":
-                self._forget(order["global_rank"], order["key"], order["reason"])
             case "spill" if self._spiller is not None:
                 self._spiller.write(Span(**order["span"]), self._identity)
             case "settle" if self._spiller is not None:
@@ -297,10 +317,16 @@ class Node:
         if message["op"] == "resume":
             self._keep_spare()
 
-    def _forget(self, global_rank: int, key: str, reason: str) -> None:
-        self._store.forget(global_rank, key)
-        self._log.emit("quarantined", global_rank=global_rank, key=key, reason=reason)
-        print(f"moetion-run: {reason}: not used any more", file=sys.stderr)
+    def _report_damage(self, item: Damaged) -> None:
+        where = {"global_rank": item.global_rank, "key": item.key, "copy": item.copy}
+        self._log.emit("quarantined", **where, reason=item.reason)
+        iteration = split_key(item.key)[1]
+        print(
+            f"moetion-run: node {self._own.node_rank}: copy {item.copy} of vault entry {item.key}"
+            f" (rank {item.global_rank}, iteration {iteration}) is damaged and not used any more:"
+            f" {item.reason}",
+            file=sys.stderr,
+        )
 
     def _release(self, span: Span) -> None:
         for rank in self._own.global_ranks:
@@ -310,9 +336,12 @@ class Node:
     def _gather(self, epoch: int) -> None:
         ranks = self._own.global_ranks
         positions = {str(rank): self._desk.position(rank) for rank in ranks}
+        below = {str(rank): self._store.below(rank) for rank in ranks}
         frames = {str(rank): self._desk.listings(rank, "frame/") for rank in ranks}
-        answer = {"op": "gathered", "epoch": epoch, "frames": frames, "positions": positions}
-        self._report(answer)
+        held = self._store.copied_ranks()
+        copies = {str(rank): self._desk.listings(rank, "frame/") for rank in held}
+        told = {"frames": frames, "positions": positions, "below": below, "copies": copies}
+        self._report({"op": "gathered", "epoch": epoch, **told})
 
     def _end(self, reason: str, code: int) -> None:
         self._code = code

@@ -25,8 +25,11 @@ class Peers:
 
     def fetch(
         self, node_rank: int, global_rank: int, key: str, worker: Channel, request_id: int
-    ) -> None:
+    ) -> bool:
         """Answer a worker's fetch from another node, passing the bytes on as they come.
+
+        Returns:
+            False when that node has no such entry; then the worker has not been answered.
 
         Raises:
             OSError, EOFError: that agent is gone.
@@ -34,11 +37,9 @@ class Peers:
         with self._locks[node_rank]:
             peer = self._channel(node_rank)
             peer.send({"op": "fetch", "global_rank": global_rank, "key": key})
-            reply = {**peer.receive(), "id": request_id}
+            reply = {**peer.receive(), "id": request_id, "node_rank": node_rank, "inline": True}
             if reply["op"] == "missing":
-                worker.send(reply)
-                return
-            reply["inline"] = True
+                return False
             try:
                 worker.send(reply, lambda fd: peer.pump_raw(reply["nbytes"], fd))
             except OSError:
@@ -46,6 +47,20 @@ class Peers:
                 del self._channels[node_rank]
                 peer.close()
                 raise
+            return True
+
+    def quarantine(self, node_rank: int, about: Message) -> str | None:
+        """Have another node read an entry again; see `VaultStore.quarantine`.
+
+        Raises:
+            OSError, EOFError: that agent is gone.
+        """
+        with self._locks[node_rank]:
+            peer = self._channel(node_rank)
+            peer.send({"op": "quarantine", "about": about})
+            reason = peer.receive()["reason"]
+            assert reason is None or isinstance(reason, str)
+            return reason
 
     def inventory(self, node_rank: int, global_rank: int, prefix: str) -> list[Any]:
         """Sealed entries of a rank of another node, as JSON.

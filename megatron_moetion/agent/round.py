@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from megatron_moetion.agent.decision import (
     Event,
     Exited,
     Expired,
-    Forget,
     Gather,
     Gathered,
     Json,
@@ -25,6 +24,7 @@ from megatron_moetion.agent.decision import (
     Said,
 )
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
+from megatron_moetion.vault.entry import split_key
 
 MAX_RETRIES = 3
 
@@ -161,14 +161,15 @@ class Round:
         return Notify(live, {"op": "freeze", "epoch": self.epoch, "dead": sorted(self._dead)})
 
     def _damaged(self, message: Mapping[str, Any]) -> list[Command]:
-        """What was read for a recovery is not what was sealed: plan again without it."""
-        owner, key, reason = message["global_rank"], message["key"], message["reason"]
+        """No copy of what was read for a recovery is sound, and none is listed any more: plan
+        again without it.
+        """
+        key, reason = message["key"], message["reason"]
         if not key.startswith("frame/"):
             return self._hopeless(f"{reason}; there is no other copy of it")
-        forget = Forget(owner, key, reason)
         if message["epoch"] != self.epoch:
-            return [forget]
-        return [forget, self._begin(), *self._advance()]
+            return []
+        return [self._begin(), *self._advance()]
 
     def _said(self, rank: int, message: Mapping[str, Any]) -> list[Command]:
         match message["op"]:
@@ -251,11 +252,10 @@ class Round:
 
     def _facts(self) -> list[Command]:
         self._machine.take(Step.GATHERED)
-        frames: Json = {}
         positions: Json = {}
         for node_rank in sorted(self._answers.gathered):
-            frames |= self._answers.gathered[node_rank].frames
             positions |= self._answers.gathered[node_rank].positions
+        frames = _anywhere(list(self._answers.gathered.values()))
         if not self._answers.positions:
             # Nobody lives; what the dead said last, their agents know.
             self._committed = _furthest(positions)
@@ -306,3 +306,26 @@ class Round:
 def _furthest(positions: Mapping[Any, Json]) -> int:
     """A rank that passed the barrier of iteration t proves that everybody may finish t."""
     return max((position["committed"] for position in positions.values()), default=0)
+
+
+def _anywhere(gathered: Sequence[Gathered]) -> Json:
+    """What can be read of each rank's frames: its own, and copies of those that it lacks.
+
+    One sound copy on a node that lives is enough to rebuild from. What the owner has dropped does
+    not count, as a holder hears of that a moment later and the logs are gone.
+    """
+    frames: Json = {}
+    below: dict[str, int] = {}
+    for answer in gathered:
+        frames |= {rank: list(listed) for rank, listed in answer.frames.items()}
+        below |= answer.below
+    for answer in gathered:
+        for rank, listed in answer.copies.items():
+            own = frames.setdefault(rank, [])
+            known = {entry["key"] for entry in own}
+            own += [
+                entry
+                for entry in listed
+                if entry["key"] not in known and split_key(entry["key"])[1] >= below.get(rank, 0)
+            ]
+    return frames

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.vault import Entry, Listing, Vault
 from megatron_moetion.vault.arena import map_private
+from megatron_moetion.vault.shelf import Found
 
 
 class AgentShelf:
@@ -36,9 +36,7 @@ class AgentShelf:
         """One-way, in order with `publish`."""
         self._link.send({"op": "drop", "below": below})
 
-    def find(
-        self, global_rank: int, key: str
-    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
+    def find(self, global_rank: int, key: str) -> Found | None:
         """Map the entry when it lies on this node, else receive it through the agent."""
         reply, payload = self._link.request_payload(
             {"op": "fetch", "global_rank": global_rank, "key": key}
@@ -51,7 +49,15 @@ class AgentShelf:
             data = torch.frombuffer(payload, dtype=torch.uint8)
         else:
             data = torch.empty(0, dtype=torch.uint8)
-        return data, reply["checksum"], reply["meta"]
+        return Found(data, reply["checksum"], reply["parts"], reply["meta"], reply["node_rank"])
+
+    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
+        """Ask the agent, which asks the copy's own agent if need be."""
+        about = {"global_rank": global_rank, "key": key, "checksum": found.checksum}
+        reply = self._link.request({"op": "quarantine", "node_rank": found.node_rank, **about})
+        reason = reply["reason"]
+        assert reason is None or isinstance(reason, str)
+        return reason
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         """Ask the agent, which asks the rank's own agent if need be."""

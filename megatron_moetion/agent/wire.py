@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
+import secrets
 import socket
+import struct
 import threading
 from collections.abc import Callable, Mapping
+from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
     Client,
     Connection,
@@ -18,11 +24,41 @@ from typing import Any
 Message = dict[str, Any]
 ABSTRACT_MARK = "@"
 PUMP_BYTES = 4 << 20
+NONCE_BYTES = 16
+KNOCK_BYTES = NONCE_BYTES + hashlib.sha256().digest_size
+"""What a connection begins with: a stranger is told by it before it costs a thread."""
 
 
 def unix_address(name: str) -> str:
     """Linux's abstract namespace: nothing to clean up. "@name" stands for it in the environment."""
     return "\0" + name.removeprefix(ABSTRACT_MARK) if name.startswith(ABSTRACT_MARK) else name
+
+
+def listen_unix(name: str, backlog: int) -> socket.socket:
+    """Listen for the workers of this node."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(unix_address(name))
+    listener.listen(backlog)
+    return listener
+
+
+def listen_tcp(host: str, backlog: int) -> socket.socket:
+    """Listen for other agents, at a free port."""
+    return socket.create_server((host, 0), backlog=backlog)
+
+
+def knock(secret: bytes) -> bytes:
+    """The first bytes of a connection by somebody who knows the secret."""
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    return nonce + hmac.digest(secret, nonce, "sha256")
+
+
+def is_knock(data: bytes, secret: bytes) -> bool:
+    """Whether these are the first bytes of a connection by somebody who knows the secret, or has
+    overheard them; the challenge that follows tells.
+    """
+    nonce, proof = data[:NONCE_BYTES], data[NONCE_BYTES:]
+    return hmac.compare_digest(hmac.digest(secret, nonce, "sha256"), proof)
 
 
 class Channel:
@@ -43,19 +79,35 @@ class Channel:
     @classmethod
     def to_agent(cls, name: str, secret: bytes) -> Channel:
         """Connect a worker to the agent of its node."""
-        return cls(Client(unix_address(name), family="AF_UNIX", authkey=secret))
+        return cls._greeted(Client(unix_address(name), family="AF_UNIX"), secret)
 
     @classmethod
     def to_peer(cls, host: str, port: int, secret: bytes) -> Channel:
         """Connect to the agent of another node."""
-        return cls(Client((host, port), family="AF_INET", authkey=secret))
+        return cls._greeted(Client((host, port), family="AF_INET"), secret)
+
+    @classmethod
+    def _greeted(cls, connection: Connection, secret: bytes) -> Channel:
+        try:
+            write_all(connection.fileno(), memoryview(knock(secret)))
+            answer_challenge(connection, secret)
+            deliver_challenge(connection, secret)
+        except (EOFError, ConnectionError):
+            connection.close()
+            # It hangs up on whoever does not know the secret.
+            raise AuthenticationError("the agent ended the greeting") from None
+        except (AuthenticationError, AssertionError, OSError):
+            connection.close()
+            raise
+        return cls(connection)
 
     @classmethod
     def accepted(cls, connection: Connection, secret: bytes) -> Channel:
-        """The listening side of the handshake, in the caller's thread and not in `accept`.
+        """The listening side of the greeting, without the knock that has been heard already.
 
         Raises:
             multiprocessing.AuthenticationError: the other side does not know the secret.
+            EOFError, OSError: it went away.
         """
         deliver_challenge(connection, secret)
         answer_challenge(connection, secret)
@@ -87,12 +139,7 @@ class Channel:
 
     def receive_raw(self, buffer: memoryview) -> None:
         """Fill a buffer with the unframed bytes that follow a message."""
-        fd, done = self._connection.fileno(), 0
-        while done < len(buffer):
-            count = os.readv(fd, [buffer[done:]])
-            if count == 0:
-                raise EOFError("connection closed in the middle of a payload")
-            done += count
+        _read_all(self._connection.fileno(), buffer)
 
     def pump_raw(self, nbytes: int, to_fd: int) -> None:
         """Pass on `nbytes` unframed bytes without holding them all."""
@@ -112,12 +159,34 @@ class Channel:
         with self._twin() as twin:
             twin.shutdown(socket.SHUT_RD)
 
+    def limit(self, patience: timedelta | None) -> None:
+        """End reads and writes that take longer with an OSError; None lets them wait for ever."""
+        set_patience(self._connection, patience)
+
     def close(self) -> None:
         """Close this process's end; safe to call twice."""
         self._connection.close()
 
     def _twin(self) -> socket.socket:
         return socket.socket(fileno=os.dup(self._connection.fileno()))
+
+
+def set_patience(connection: Connection, patience: timedelta | None) -> None:
+    """See `Channel.limit`."""
+    microseconds = 0 if patience is None else round(patience.total_seconds() * 1e6)
+    value = struct.pack("ll", *divmod(microseconds, 10**6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as twin:
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def _read_all(fd: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.readv(fd, [buffer[done:]])
+        if count == 0:
+            raise EOFError("connection closed in the middle of a payload")
+        done += count
 
 
 def write_all(fd: int, data: memoryview) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +116,20 @@ def view(piece: Piece, data: torch.Tensor) -> torch.Tensor:
     """The piece's bytes inside a frame as a tensor; shares memory with `data` (uint8, CPU)."""
     raw = data[piece.offset : piece.offset + piece.nbytes]
     return raw.view(piece.torch_dtype).reshape(piece.shape)
+
+
+def operator_ends(pieces: Sequence[Piece], nbytes: int) -> list[tuple[str, int]]:
+    """Where each operator's stretch of a frame ends, in layout order.
+
+    Args:
+        nbytes: of the frame.
+    """
+    edges = [(p.operator, n) for p, n in zip_longest(pieces, pieces[1:])]
+    return [
+        (name, n.offset if n is not None else nbytes)
+        for name, n in edges
+        if n is None or n.operator != name
+    ]
 
 
 def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[str, Any]:

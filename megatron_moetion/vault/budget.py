@@ -37,15 +37,22 @@ class Need:
         start: the dense frame of the starting state; its memory is used again for later frames.
         frames: all others that are kept at the same time, and the one that is being written.
         inbox: the logs of all iterations that are kept.
+        spill: frames and logs that are kept longer than that, to be written to disk.
     """
 
     start: int
     frames: int
     inbox: int
+    spill: int = 0
 
     @property
     def total(self) -> int:
-        return self.start + self.frames + self.inbox
+        return self.start + self.frames + self.inbox + self.spill
+
+    @property
+    def copies(self) -> int:
+        """On each node that holds copies of the frames."""
+        return self.start + self.frames
 
 
 def need_of(
@@ -54,6 +61,7 @@ def need_of(
     buffer_bytes: int,
     inbox: Inbox,
     spills: bool = False,
+    kept_longer: int = 0,
 ) -> Need:
     """What one rank needs, with at most one failure of it in the iterations that are kept; each
     further one may take a chunk more for each kind of entry until the older ones are dropped.
@@ -63,16 +71,22 @@ def need_of(
         buffer_bytes: all model buffers, part of every frame.
         inbox: what this rank logs in one iteration, at most.
         spills: one window more is kept while it is being written to disk.
+        kept_longer: frames and logs beyond the schedule's, as their copies may lag.
     """
     by_name = {operator.name: operator for operator in operators}
     slots = [schedule.frame_of_slot(slot) for slot in range(schedule.window)]
     largest = max(frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
     # In iteration i those of i - kept to i are held, of which the first was dense at the start. One
     # more, as a replacement cannot fill up what its predecessor began.
-    kept = schedule.frames_kept + 1 + (schedule.window + 1 if spills else 0)
+    kept, spilled = schedule.frames_kept + 1 + kept_longer, schedule.window + 1 if spills else 0
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
     start = frame_bytes(schedule.dense, by_name, buffer_bytes)
-    return Need(size_class(start), kept * size_class(largest), (kept + 1) * logs)
+    return Need(
+        start=size_class(start),
+        frames=kept * size_class(largest),
+        inbox=(kept + 1) * logs,
+        spill=spilled * (size_class(largest) + logs),
+    )
 
 
 def _chunk_bytes(count: int, nbytes: int) -> int:
@@ -121,16 +135,23 @@ class MemoryDoesNotFit(RuntimeError):
     """Frames and logs need more host memory than there is; one line with what to change."""
 
 
-def refusal(claims: Mapping[int, Claim], available: int) -> str | None:
+def refusal(claims: Mapping[int, Claim], available: int, copies: int = 0) -> str | None:
     """Why the claims of a node's ranks do not fit, in one line with what to change, or None.
 
     Args:
         claims: by global rank, of all ranks of the node.
         available: bytes.
+        copies: bytes of what is held for other nodes.
     """
-    total = sum(claim.need.total for claim in claims.values())
+    total = sum(claim.need.total for claim in claims.values()) + copies
     if total <= available:
         return None
+    if copies:
+        return (
+            f"frames, logs and {mib(copies)} of copies for other nodes need {mib(total)} of host"
+            f" memory and {mib(available)} may be taken: lower --moetion-replicas (without copies"
+            f" {mib(total - copies)}), or raise --moetion-memory if there is more"
+        )
     windows = set.intersection(*(set(claim.others) for claim in claims.values()))
     by_window = {w: sum(claim.others[w] for claim in claims.values()) for w in windows}
     best = min(by_window, key=lambda w: (by_window[w], w), default=None)
@@ -143,20 +164,29 @@ def refusal(claims: Mapping[int, Claim], available: int) -> str | None:
     )
 
 
-def table(needs: Mapping[int, Need], available: int) -> str:
-    """One line per rank and one for the node; `needs` by global rank."""
-    head = f"{'host memory':<12} {'start':>10} {'frames':>10} {'inbox':>10} {'in all':>10}"
-    rows = [_row(f"rank {rank}", needs[rank]) for rank in sorted(needs)]
-    parts = [[getattr(n, part) for n in needs.values()] for part in ("start", "frames", "inbox")]
-    node = Need(*(sum(values) for values in parts))
+def table(needs: Mapping[int, Need], available: int, copies: int = 0) -> str:
+    """One line per rank, one for what is held for other nodes, and one for the node.
+
+    Args:
+        needs: by global rank.
+        available: bytes.
+        copies: bytes of what is held for other nodes.
+    """
+    names = ("start", "frames", "inbox", "spill", "replicas", "in all")
+    head = f"{'host memory':<12} " + " ".join(f"{name:>10}" for name in names)
+    ordered = [(f"rank {rank}", needs[rank]) for rank in sorted(needs)]
+    values = {name: (n.start, n.frames, n.inbox, n.spill, 0) for name, n in ordered}
+    if copies:
+        values["for others"] = (0, 0, 0, 0, copies)
+    rows = [_row(name, values[name]) for name in values]
+    node = [sum(column) for column in zip(*values.values(), strict=True)]
     return "\n".join(
         [head, *rows, f"{_row('this node', node)} of {mib(available)} that may be taken"]
     )
 
 
-def _row(name: str, need: Need) -> str:
-    values = (need.start, need.frames, need.inbox, need.total)
-    return f"{name:<12} " + " ".join(f"{mib(v):>10}" for v in values)
+def _row(name: str, values: Sequence[int]) -> str:
+    return f"{name:<12} " + " ".join(f"{mib(value):>10}" for value in [*values, sum(values)])
 
 
 def mib(nbytes: float) -> str:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_moetion.vault.arena import align, map_shared, size_class
-from megatron_moetion.vault.entry import Entry, Listing, checksum, split_key
+from megatron_moetion.vault.entry import Entry, Listing, damage, seal, split_key
 from megatron_moetion.vault.shelf import Shelf, StoreShelf
 from megatron_moetion.vault.store import VaultStore
 
+MAX_READS = 3
+"""Of one copy that its holder finds sound: then it is the way here that damages it."""
+
 
 class CorruptEntry(RuntimeError):
-    """The bytes of an entry are not those that were sealed."""
+    """No copy of an entry has the bytes that were sealed."""
 
-    def __init__(self, global_rank: int, key: str, sealed: str, read: str) -> None:
-        super().__init__(
-            f"vault entry {key} of rank {global_rank} is damaged: sealed as {sealed}, read back as"
-            f" {read}"
-        )
+    def __init__(self, global_rank: int, key: str, reason: str) -> None:
+        super().__init__(f"vault entry {key} of rank {global_rank} is damaged: {reason}")
         self.global_rank, self.key = global_rank, key
 
 
@@ -137,7 +137,7 @@ class Vault:
             self._writing[key] = region
             return region.view()
 
-    def seal(self, key: str, meta: Mapping[str, Any]) -> None:
+    def seal(self, key: str, meta: Mapping[str, Any], ends: Sequence[tuple[str, int]] = ()) -> None:
         """Checksum a reserved region and publish it; an older entry under the key is replaced.
 
         Once this returns the entry survives this process, and the caller must not write to the
@@ -146,13 +146,14 @@ class Vault:
         Args:
             key: as given to `reserve`.
             meta: JSON object.
+            ends: names of the region's parts and where each ends, so that damage can be named.
 
         Raises:
             KeyError: the key was not reserved.
         """
         with self._lock:
             region = self._writing[key]
-        digest = checksum(region.view().numpy())
+        digest, parts = seal(region.view().numpy(), ends)
         with self._lock:
             if self._writing.pop(key, None) is not region:
                 raise KeyError(f"vault entry {key} was abandoned while it was being sealed")
@@ -160,7 +161,7 @@ class Vault:
                 self._leave(region)
                 return
             self._shelf.publish(
-                Entry(key, region.chunk.number, region.offset, region.nbytes, digest, meta)
+                Entry(key, region.chunk.number, region.offset, region.nbytes, digest, meta, parts)
             )
             older = self._sealed.pop(key, None)
             self._sealed[key] = region
@@ -228,21 +229,32 @@ class Vault:
     def fetch(self, global_rank: int, key: str) -> Fetched | None:
         """Read a sealed entry of any rank of the job.
 
+        A damaged copy is put in quarantine by whoever holds it, and the next one is read.
+
         Returns:
             The entry, or None when there is no such sealed entry. For the lifetime of the bytes
             see `Fetched`.
 
         Raises:
-            CorruptEntry: the bytes do not match their checksum.
+            CorruptEntry: there was a copy, and none is sound.
         """
-        found = self._shelf.find(global_rank, key)
-        if found is None:
+        reason: str | None = None
+        reads = 0
+        while (found := self._shelf.find(global_rank, key)) is not None:
+            reason = damage(found.data.numpy(), found.checksum, found.parts)
+            if reason is None:
+                return Fetched(found.data, found.meta)
+            verdict = self._shelf.quarantine(global_rank, key, found)
+            if verdict is None:
+                # It was dropped while it was read.
+                reason = None
+            elif not verdict:
+                reads += 1
+                if reads == MAX_READS:
+                    break
+        if reason is None:
             return None
-        data, expected, meta = found
-        actual = checksum(data.numpy())
-        if actual != expected:
-            raise CorruptEntry(global_rank, key, expected, actual)
-        return Fetched(data, meta)
+        raise CorruptEntry(global_rank, key, reason)
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         """Sealed entries of any rank whose key starts with `prefix`, in order of sealing."""

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from megatron_moetion.vault.arena import map_private
-from megatron_moetion.vault.entry import Entry, Listing
+from megatron_moetion.vault.entry import Entry, Listing, Parts
 from megatron_moetion.vault.store import VaultStore
+
+
+@dataclass(frozen=True)
+class Found:
+    """One copy of a sealed entry, unchecked.
+
+    Attributes:
+        data: uint8, shape [nbytes]; for its lifetime see `client.Fetched`.
+        checksum: of the entry.
+        parts: of the entry.
+        meta: of the entry.
+        node_rank: whose agent holds this copy; None without agents.
+    """
+
+    data: torch.Tensor
+    checksum: str
+    parts: Parts
+    meta: Mapping[str, Any]
+    node_rank: int | None = None
 
 
 class Shelf(Protocol):
@@ -24,10 +44,11 @@ class Shelf(Protocol):
     def drop(self, below: int) -> None:
         """Forget this rank's entries below an iteration."""
 
-    def find(
-        self, global_rank: int, key: str
-    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
-        """Returns (bytes as uint8, checksum, meta) or None."""
+    def find(self, global_rank: int, key: str) -> Found | None:
+        """The nearest copy that is not in quarantine, or None."""
+
+    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
+        """Have the holder of a copy read it again; see `VaultStore.quarantine`."""
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         """Sealed entries of any rank of the job."""
@@ -50,14 +71,16 @@ class StoreShelf:
     def drop(self, below: int) -> None:
         self._store.drop(self._global_rank, below)
 
-    def find(
-        self, global_rank: int, key: str
-    ) -> tuple[torch.Tensor, str, Mapping[str, Any]] | None:
+    def find(self, global_rank: int, key: str) -> Found | None:
         found = self._store.find(global_rank, key)
         if found is None:
             return None
         entry, chunk = found
-        return map_private(chunk.path, entry.offset, entry.nbytes), entry.checksum, entry.meta
+        data = map_private(chunk.path, entry.offset, entry.nbytes)
+        return Found(data, entry.checksum, entry.parts, entry.meta)
+
+    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
+        return self._store.quarantine(global_rank, key, found.checksum)
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         return self._store.inventory(global_rank, prefix)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_moetion.vault.arena import align, map_private, map_shared
-from megatron_moetion.vault.entry import Entry, checksum, split_key
+from megatron_moetion.vault.entry import Entry, Parts, checksum, damage, split_key
 from megatron_moetion.vault.store import VaultStore
 
 FOLDER = "spill"
@@ -83,6 +83,12 @@ class Item:
     nbytes: int
     checksum: str
     meta: Mapping[str, Any]
+    parts: Parts = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Item:
+        """Inverse of `asdict`."""
+        return cls(**{**data, "parts": tuple(tuple(part) for part in data["parts"])})
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Record:
             node_rank=data["node_rank"],
             layout=tuple(tuple(ranks) for ranks in data["layout"]),
             identity=data["identity"],
-            items=tuple(Item(**item) for item in data["items"]),
+            items=tuple(Item.from_json(item) for item in data["items"]),
         )
 
 
@@ -188,15 +194,17 @@ def _write_rank(folder: Path, store: VaultStore, global_rank: int, span: Span) -
     places = [place for place in found if place is not None]
     for entry, chunk in places:
         data = map_private(chunk.path, entry.offset, entry.nbytes)
-        if checksum(data.numpy()) != entry.checksum:
-            raise SpillError(f"vault entry {entry.key} of rank {global_rank} is damaged")
+        reason = damage(data.numpy(), entry.checksum, entry.parts)
+        if reason is not None:
+            where = f"vault entry {entry.key} of rank {global_rank}"
+            raise SpillError(f"{where} is damaged: {reason}")
     # The library would copy everything first; the kernel copies from memory to file by itself.
     with _rank_file(folder, global_rank).open("wb", buffering=0) as file:
         file.write(_header([entry for entry, _ in places]))
         for entry, chunk in places:
             _copy(file.fileno(), chunk.fd, entry.offset, entry.nbytes)
         os.fsync(file.fileno())
-    return [Item(global_rank, e.key, e.nbytes, e.checksum, e.meta) for e, _ in places]
+    return [Item(global_rank, e.key, e.nbytes, e.checksum, e.meta, e.parts) for e, _ in places]
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -325,10 +333,11 @@ def _load_chunk(path: Path, file: Any, items: Sequence[Item], store: VaultStore)
             raise DamagedSpill(f"{path}: {item.key} has not the bytes that it had")
         region.copy_(data)
         # What is in memory is what counts, so that is what is checked.
-        if checksum(region.numpy()) != item.checksum:
-            raise DamagedSpill(f"{path}: {item.key} does not match its checksum")
-        entry = Entry(item.key, chunk.number, offset, item.nbytes, item.checksum, item.meta)
-        store.publish(global_rank, entry)
+        reason = damage(region.numpy(), item.checksum, item.parts)
+        if reason is not None:
+            raise DamagedSpill(f"{path}: {item.key} does not match its checksum: {reason}")
+        seal = (item.checksum, item.meta, item.parts)
+        store.publish(global_rank, Entry(item.key, chunk.number, offset, item.nbytes, *seal))
         offset = align(offset + item.nbytes)
 
 

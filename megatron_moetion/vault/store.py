@@ -6,8 +6,8 @@ import itertools
 import threading
 from dataclasses import dataclass
 
-from megatron_moetion.vault.arena import Chunk, size_class
-from megatron_moetion.vault.entry import Entry, Listing, split_key
+from megatron_moetion.vault.arena import Chunk, map_private, size_class
+from megatron_moetion.vault.entry import Entry, Listing, damage, split_key
 
 
 @dataclass
@@ -18,13 +18,15 @@ class _Held:
     global_rank: int
     num_entries: int = 0
     orphaned: bool = False
+    copy: bool = False
 
 
 class VaultStore:
     """Index of sealed entries per global rank, and the chunks that they lie in.
 
     A live worker reuses its own chunks; when it dies its empty chunks come back at once and the
-    others as soon as the last entry in them is dropped. All methods may be called by any thread.
+    others as soon as the last entry in them is dropped. Chunks with copies of other nodes' entries
+    are never a worker's; each holds one entry. All methods may be called by any thread.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class VaultStore:
         self._numbers = itertools.count()
         self._held: dict[int, _Held] = {}
         self._free: dict[int, list[Chunk]] = {}
+        self._free_for_copies: dict[int, list[Chunk]] = {}
         self._index: dict[int, dict[str, Entry]] = {}
         self._below: dict[int, int] = {}
         self._pinned: dict[int, range] = {}
@@ -43,6 +46,39 @@ class VaultStore:
             chunk = free.pop() if free else Chunk.create(next(self._numbers), nbytes)
             self._held[chunk.number] = _Held(chunk, global_rank)
             return chunk
+
+    def chunk_for_copy(self, global_rank: int, nbytes: int, limit_bytes: int) -> Chunk | None:
+        """A chunk for the copy of one entry; `give_back` it or publish the entry in it.
+
+        Args:
+            global_rank: of another node, whose entry it is.
+            limit_bytes: capacity of all chunks with copies of that rank's entries.
+
+        Returns:
+            None when the limit would be passed.
+        """
+        with self._lock:
+            free = self._free_for_copies.setdefault(global_rank, [])
+            free.sort(key=lambda chunk: chunk.nbytes)
+            chunk = next((chunk for chunk in free if chunk.nbytes >= nbytes), None)
+            if chunk is not None:
+                free.remove(chunk)
+            else:
+                in_use = [h.chunk for h in self._held.values() if h.global_rank == global_rank]
+                left = limit_bytes - sum(held.nbytes for held in [*in_use, *free])
+                while free and left < size_class(nbytes):
+                    left += free[0].nbytes
+                    free.pop(0).close()
+                if left < size_class(nbytes):
+                    return None
+                chunk = Chunk.create(next(self._numbers), nbytes)
+            self._held[chunk.number] = _Held(chunk, global_rank, orphaned=True, copy=True)
+            return chunk
+
+    def give_back(self, chunk: Chunk) -> None:
+        """A chunk for a copy holds nothing after all."""
+        with self._lock:
+            self._reclaim(self._held[chunk.number])
 
     def publish(self, global_rank: int, entry: Entry) -> None:
         """Index a sealed entry; an older one under the same key is forgotten.
@@ -98,6 +134,30 @@ class VaultStore:
             if entry is not None:
                 self._leave(entry)
 
+    def quarantine(self, global_rank: int, key: str, sealed: str) -> str | None:
+        """Read an entry again, and forget it if its bytes are not those that were sealed.
+
+        Args:
+            sealed: checksum of the entry that is meant.
+
+        Returns:
+            How they differ, "" when they do not, None when there is no such entry any more.
+        """
+        found = self.find(global_rank, key)
+        if found is None or found[0].checksum != sealed:
+            return None
+        entry, chunk = found
+        data = map_private(chunk.path, entry.offset, entry.nbytes)
+        reason = damage(data.numpy(), entry.checksum, entry.parts)
+        with self._lock:
+            index = self._index.get(global_rank, {})
+            if index.get(key) is not entry:
+                # Its owner dropped it and may have written over it.
+                return None
+            if reason is not None:
+                self._leave(index.pop(key))
+        return reason or ""
+
     def orphan(self, global_rank: int) -> None:
         """The worker of this rank is gone; its sealed entries stay, its empty chunks come back."""
         with self._lock:
@@ -121,22 +181,34 @@ class VaultStore:
                 if key.startswith(prefix)
             ]
 
+    def copied_ranks(self) -> list[int]:
+        """Global ranks of other nodes of which there are copies."""
+        with self._lock:
+            return sorted({held.global_rank for held in self._held.values() if held.copy})
+
+    def below(self, global_rank: int) -> int:
+        """Everything of a rank below this iteration has been dropped."""
+        with self._lock:
+            return self._below.get(global_rank, 0)
+
     def allocated_bytes(self) -> int:
         """Capacity of all chunks, in use or free."""
         with self._lock:
-            in_use = sum(held.chunk.nbytes for held in self._held.values())
-            return in_use + sum(size * len(chunks) for size, chunks in self._free.items())
+            in_use = [held.chunk for held in self._held.values()]
+            free = [*self._free.values(), *self._free_for_copies.values()]
+            return sum(chunk.nbytes for chunks in [in_use, *free] for chunk in chunks)
 
     def close(self) -> None:
         """Give all memory back; mappings in other processes stay valid until they go."""
         with self._lock:
             for held in self._held.values():
                 held.chunk.close()
-            for chunks in self._free.values():
+            for chunks in [*self._free.values(), *self._free_for_copies.values()]:
                 for chunk in chunks:
                     chunk.close()
             self._held.clear()
             self._free.clear()
+            self._free_for_copies.clear()
             self._index.clear()
 
     def _drop(self, global_rank: int) -> None:
@@ -154,4 +226,7 @@ class VaultStore:
     def _reclaim(self, held: _Held) -> None:
         if held.orphaned and held.num_entries == 0:
             del self._held[held.chunk.number]
-            self._free.setdefault(held.chunk.nbytes, []).append(held.chunk)
+            pool, slot = self._free, held.chunk.nbytes
+            if held.copy:
+                pool, slot = self._free_for_copies, held.global_rank
+            pool.setdefault(slot, []).append(held.chunk)

@@ -16,10 +16,6 @@ def activate(args: Namespace, config: Config) -> None:
     training.DIGEST_INTERVAL, training.DIGEST_DIRECTORY = config.digest_interval, config.dir
     if not config.moetion:
         return
-    if config.replicas > 0:
-        activation.refuse(
-            "--moetion-replicas above 0 is not built yet; use 0 (frames stay on their node)"
-        )
     if not args.deterministic_mode and not rehearsal.wanted():
         activation.refuse(
             "a replay is bit-identical only with deterministic kernels; add --deterministic-mode "
@@ -43,6 +39,11 @@ def activate(args: Namespace, config: Config) -> None:
             f"0 to {args.world_size - 1}"
         )
     training.open_job(config, args)
+    if config.replicas not in ("auto", 0) and training.job().link is None:
+        activation.refuse(
+            f"--moetion-replicas {config.replicas}: copies are made by agents; start the job with "
+            "moetion-run"
+        )
     if training.job().replacement:
         # State comes from the vault, not from a checkpoint.
         args.load = args.pretrained_checkpoint = None

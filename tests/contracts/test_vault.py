@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Listener
 
 import pytest
 import torch
 
-from megatron_moetion.agent.desk import Desk
-from megatron_moetion.agent.link import AgentLink
-from megatron_moetion.agent.membership import Member, Members
-from megatron_moetion.agent.peers import Peers
-from megatron_moetion.agent.shelf import agent_vault
-from megatron_moetion.agent.wire import Channel, unix_address
 from megatron_moetion.vault import CorruptEntry, LocalVault, Vault
 from megatron_moetion.vault.shelf import StoreShelf
 from megatron_moetion.vault.store import VaultStore
+from tests.agents_here import AgentsHere
 
-SECRET = b"contract"
 RANK = 0
 Connect = Callable[[int], Vault]
 
 
-class TwoNodes:
-    """Two agents' desks in this process, one rank on each."""
-
-    def __init__(self) -> None:
-        listeners = [Listener(("127.0.0.1", 0), family="AF_INET") for _ in range(2)]
-        nodes = tuple(
-            Member(node_rank, "127.0.0.1", listener.address[1], 1, node_rank)
-            for node_rank, listener in enumerate(listeners)
-        )
-        self.token = secrets.token_hex(4)
-        self.links: list[AgentLink] = []
-        self.stores = [VaultStore(), VaultStore()]
-        for node_rank, listener in enumerate(listeners):
-            members = Members(nodes, node_rank)
-            desk = Desk(
-                members,
-                self.stores[node_rank],
-                Peers(members, SECRET),
-                SECRET,
-                lambda rank: {"op": "welcome"},
-                lambda item: None,
-            )
-            desk.open(listener)
-            desk.open(Listener(unix_address(self.name(node_rank)), family="AF_UNIX"))
-
-    def name(self, node_rank: int) -> str:
-        return f"@moetion-contract-{self.token}-{node_rank}"
-
-    def vault(self, global_rank: int) -> Vault:
-        link = AgentLink(Channel.to_agent(self.name(global_rank), SECRET))
-        self.links.append(link)
-        link.request({"op": "hello", "global_rank": global_rank})
-        return agent_vault(link, global_rank)
-
-    def close(self) -> None:
-        for link in self.links:
-            link.close()
-        for store in self.stores:
-            store.close()
-
-
 @pytest.fixture
-def two_nodes() -> Iterator[TwoNodes]:
-    nodes = TwoNodes()
+def two_nodes() -> Iterator[AgentsHere]:
+    nodes = AgentsHere(2)
     yield nodes
     nodes.close()
 
@@ -81,7 +32,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Vault, Vault]]:
         vault: Vault = LocalVault(RANK)
         yield vault, vault
         return
-    nodes = TwoNodes()
+    nodes = AgentsHere(2)
     writer = nodes.vault(0)
     yield writer, writer if request.param == "agent" else nodes.vault(1)
     nodes.close()
@@ -273,7 +224,7 @@ def test_each_chunk_is_announced_once_when_it_is_mapped() -> None:
     assert len(mapped) == vault.usage().num_chunks == 2
 
 
-def test_the_entries_of_a_dead_worker_serve_its_replacement(two_nodes: TwoNodes) -> None:
+def test_the_entries_of_a_dead_worker_serve_its_replacement(two_nodes: AgentsHere) -> None:
     dead = two_nodes.vault(0)
     dead.put("frame/1/a", pattern(100), {})
     dead.reserve("frame/2/a", 100)
@@ -294,7 +245,7 @@ def test_the_entries_of_a_dead_worker_serve_its_replacement(two_nodes: TwoNodes)
     assert two_nodes.stores[0].allocated_bytes() == allocated
 
 
-def test_a_bad_message_is_refused_with_its_reason(two_nodes: TwoNodes) -> None:
+def test_a_bad_message_is_refused_with_its_reason(two_nodes: AgentsHere) -> None:
     two_nodes.vault(0)
     with pytest.raises(RuntimeError, match="global rank 7 is not one of 2"):
         two_nodes.links[0].request({"op": "fetch", "global_rank": 7, "key": "frame/1/a"})

@@ -88,12 +88,15 @@ class Runner:
         model: Mapping[str, int] | None = None,
         layers: int = 2,
         nodes: int = 1,
+        workers_of_node: Sequence[int] | None = None,
         without: Sequence[str] = (),
         meddle: Callable[[Path], None] | None = None,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
         Args:
+            workers_of_node: for each agent, one failure domain each; else 4 on `nodes` agents that
+                are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
         """
         if name in self._done:
@@ -114,7 +117,12 @@ class Runner:
         meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
         if meddling is not None:
             meddling.start()
-        code = _launch(launcher, nodes, program, _environment(env or {}), directory / "log")
+        agents = list(workers_of_node or [4 // nodes] * nodes)
+        environments = [
+            _environment({**({} if workers_of_node is None else domain(node)), **(env or {})})
+            for node in range(len(agents))
+        ]
+        code = _launch(launcher, agents, program, environments, directory / "log")
         if meddling is not None:
             for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
                 with file.open("a") as log:
@@ -128,31 +136,45 @@ class Runner:
         return self.run(name, launcher_flags=["--spares", "1"], **options)
 
 
-def _launch(launcher: str, nodes: int, program: list[str], env: dict[str, str], log: Path) -> int:
+def domain(node: int) -> dict[str, str]:
+    """A failure domain of its own for an agent on this host."""
+    return {"MOETION_FAILURE_DOMAIN": f"rack-{node}"}
+
+
+def _launch(
+    launcher: str,
+    agents: Sequence[int],
+    program: list[str],
+    environments: Sequence[dict[str, str]],
+    log: Path,
+) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
     or 0.
+
+    Args:
+        agents: workers by node.
+        environments: by node.
     """
-    command = [sys.executable, "-W", "ignore", "-m", launcher, "--nproc-per-node", str(4 // nodes)]
-    if nodes > 1:
-        env = {**env, "MOETION_SECRET": secrets.token_hex(16)}
+    command = [sys.executable, "-W", "ignore", "-m", launcher]
+    shared = {}
+    if len(agents) > 1:
+        shared["MOETION_SECRET"] = secrets.token_hex(16)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command += [
-            "--nnodes",
-            str(nodes),
-            "--master-addr",
-            "127.0.0.1",
-            "--master-port",
-            str(port),
-        ]
+        command += ["--nnodes", str(len(agents)), "--master-addr", "127.0.0.1"]
+        command += ["--master-port", str(port)]
+    commands = [
+        [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
+        for node, count in enumerate(agents)
+    ]
     with log.open("w") as out:
         launchers = [
             subprocess.Popen(
-                [*command, *(["--node-rank", str(rank)] if nodes > 1 else []), *program],
-                cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                each, cwd=ROOT, env={**env, **shared},
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             )
-            for rank in range(nodes)
+            for each, env in zip(commands, environments, strict=True)
         ]  # fmt: skip
         try:
             codes = [each.wait(timeout=LIMIT_SECONDS) for each in launchers]

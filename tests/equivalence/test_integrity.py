@@ -36,7 +36,7 @@ def test_the_next_older_base_is_taken_whoever_owns_the_damaged_frame(
     }
     replayed = [e["replayed"] for e in run.events("resumed") if e["who"] in ("rank3", "rank0")]
     assert sorted(replayed) == [0, 0, 0, WINDOW, WINDOW, WINDOW], "not one older base each time"
-    assert "vault entry frame/9/state of rank 3 is damaged" in run.log
+    assert "vault entry frame/9/state (rank 3, iteration 9) is damaged" in run.log
 
 
 def test_without_any_complete_base_the_job_ends_with_one_line(runner: Runner) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_moetion.faults import KINDS, PLACES, Fault, InjectedFault, Injector, parse
+from megatron_moetion.faults import KINDS, PLACES, Fault, InjectedFault, Injector, Scripted, parse
 
 
 def test_a_script_is_several_faults_joined_by_semicolons() -> None:
@@ -30,7 +30,13 @@ def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> Non
             "boom:global_rank=3,iteration=7,at=end",
             "kind 'boom' is none of kill, raise, exit, corrupt",
         ),
-        ("corrupt:global_rank=3,iteration=7,at=end", "write at=capture"),
+        ("corrupt:global_rank=3,iteration=7,at=end", "'end' is none of capture, transfer, stored"),
+        ("corrupt:global_rank=3,iteration=7,at=stored", "take copy=K, and need it"),
+        ("corrupt:global_rank=3,iteration=7,at=capture,copy=0", "take copy=K, and need it"),
+        ("corrupt:global_rank=3,iteration=7,at=transfer,copy=0", "begin at 1"),
+        ("corrupt:global_rank=3,iteration=7,at=stored,copy=-1", "begin at 1"),
+        ("corrupt:global_rank=3,iteration=7,at=stored,copy=x", "copies are integers"),
+        ("kill:global_rank=3,iteration=7,at=end,copy=1", "has unknown copy"),
         ("kill:iteration=7,at=end", "lacks global_rank; write e.g."),
         ("kill:global_rank=,iteration=7,at=end", "lacks global_rank"),
         ("kill:global_rank=1,iteration=7", "lacks at"),
@@ -94,3 +100,28 @@ def test_a_process_ends_at_once_and_the_report_comes_first(kind: str, code: int)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout) == (code, "fired 0\n"), done.stderr
+
+
+def test_agents_damage_the_copies_that_the_script_names_once_each() -> None:
+    script = parse(
+        "corrupt:global_rank=1,iteration=2,at=stored,copy=0;"
+        "corrupt:global_rank=1,iteration=2,at=transfer,copy=1;"
+        "corrupt:global_rank=1,iteration=2,at=capture"
+    )
+    fired: list[Fault] = []
+    scripted = Scripted(script, fired.append)
+    damaged: list[str] = []
+    for place, iteration, copy in [
+        ("stored", 1, 0),
+        ("stored", 2, 1),
+        ("stored", 2, 0),
+        ("stored", 2, 0),
+        ("transfer", 2, 1),
+        ("capture", 2, 0),
+    ]:
+        scripted.strike(place, 1, iteration, copy, lambda p=place: damaged.append(p))
+    assert damaged == ["stored", "transfer"]
+    assert fired == [script[0], script[1]]
+    injector = Injector(script, 1, (), lambda index, fault: None)
+    assert injector.corrupts(2)
+    assert not injector.corrupts(2)

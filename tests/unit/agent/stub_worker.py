@@ -53,6 +53,10 @@ class Worker:
             is_master=False,
             timeout=timedelta(seconds=60),
         )
+        if not self.replacement:
+            need = {"start": 0, "frames": 16 << 20, "inbox": 0}
+            claim = {"op": "claim", "limit": None, "lag": 1, "need": need, "others": {}}
+            link.request(claim)
         self.epoch = self.welcome["epoch"]
         self.iteration = 0
         link.listen(self.notices.put)
@@ -166,6 +170,7 @@ def main() -> None:
     parser.add_argument("--moetion", action="store_true")
     parser.add_argument("--moetion-dir", type=Path)
     parser.add_argument("--moetion-timeout", type=float)
+    parser.add_argument("--moetion-replicas", default="auto")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--die", action="append", default=[])
     args = parser.parse_args()

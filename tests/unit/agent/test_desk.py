@@ -5,12 +5,16 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
-from multiprocessing.connection import Listener
+from datetime import timedelta
 
-from megatron_moetion.agent.desk import Desk, FromWorker, Item, WorkerSilent
+from megatron_moetion.agent.desk import Desk
+from megatron_moetion.agent.equipment import assemble
+from megatron_moetion.agent.gate import Gate
+from megatron_moetion.agent.items import FromWorker, Item, WorkerSilent
 from megatron_moetion.agent.membership import Member, Members
-from megatron_moetion.agent.peers import Peers
-from megatron_moetion.agent.wire import Channel, unix_address
+from megatron_moetion.agent.wire import Channel, listen_unix
+from megatron_moetion.events import EventLog
+from megatron_moetion.vault.placement import place
 from megatron_moetion.vault.store import VaultStore
 
 SECRET = b"\x01\x02"
@@ -24,12 +28,11 @@ class Agent:
         self.name = f"@moetion-test-{secrets.token_hex(4)}"
         self.posted: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.go_on = threading.Event()
-        peers = Peers(MEMBERS, SECRET)
-        welcome = {"op": "welcome"}
-        self.desk = Desk(
-            MEMBERS, VaultStore(), peers, SECRET, lambda rank: dict(welcome), self.post
-        )
-        self.desk.open(Listener(unix_address(self.name), family="AF_UNIX"))
+        log, placement = EventLog(None, "agent-0"), place(["here"], 0)
+        equipment = assemble(MEMBERS, VaultStore(), placement, SECRET, (), log, self.post)
+        self.desk = Desk(MEMBERS, equipment, lambda rank: {"op": "welcome"}, self.post)
+        door, patience = listen_unix(self.name, 1), timedelta(seconds=30)
+        Gate(door, SECRET, self.desk.serve, patience, equipment.counters, log).open()
 
     def post(self, item: Item) -> None:
         self.posted.put(item)

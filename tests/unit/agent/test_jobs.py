@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import select
 import signal
@@ -9,11 +11,15 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
+from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
 
 pytestmark = pytest.mark.multirank
@@ -125,6 +131,74 @@ def test_several_agents_recover_and_fetch_from_each_other(tmp_path: Path) -> Non
     outcome = finish(nodes, tmp_path)
     assert_trained_to_the_end(outcome, 2)
     assert [event["recovered"] for event in outcome.of("resumed")] == [[1], [0]]
+
+
+def agents_port(master_port: int, node: int) -> int:
+    """Where the agent of a node listens for others; waits until it does."""
+    limit = timedelta(seconds=LIMIT_SECONDS)
+    store = TCPStore("127.0.0.1", master_port, is_master=False, timeout=limit)
+    return int(json.loads(store.get(f"moetion/agent/{node}"))["port"])
+
+
+def attack(port: int) -> list[socket.socket]:
+    """Everything that a stranger can do; returns the connections that it keeps open."""
+    kept = []
+    for number in range(1000):
+        stranger = socket.create_connection(("127.0.0.1", port))
+        kept.append(stranger)
+        said = (b"", b"\x00" * 20, b"GET / HTTP/1.1\r\n\r\n" * 9, os.urandom(4096))[number % 4]
+        # What it says may be more than is listened to.
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(said)
+    for _ in range(5):
+        with pytest.raises(AuthenticationError):
+            Channel.to_peer("127.0.0.1", port, b"wrong")
+    return kept
+
+
+def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
+    master_port, iterations = free_port(), 3000
+    argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(master_port)]
+    argv += ["--spares", "0"]
+    script = protected(tmp_path, "1:1500", iterations=iterations)
+    nodes = [
+        launch(
+            [*argv, "--node-rank", str(node), "--failure-domain", f"rack-{node}"],
+            *(*script, "--moetion-replicas", "1"),
+            MOETION_SECRET="ab" * 16,
+        )
+        for node in (0, 1)
+    ]
+    ports = [agents_port(master_port, node) for node in (0, 1)]
+    kept = [stranger for port in ports for stranger in attack(port)]
+    tasks = [len(os.listdir(f"/proc/{node.pid}/task")) for node in nodes]
+    files = [len(os.listdir(f"/proc/{node.pid}/fd")) for node in nodes]
+    assert all(node.poll() is None for node in nodes), "the job was over before it was attacked"
+    outcome = finish(nodes, tmp_path)
+    for stranger in kept:
+        stranger.close()
+    assert_trained_to_the_end(outcome, 2, iterations)
+    assert [event["recovered"] for event in outcome.of("resumed")] == [[1]]
+    assert max(tasks) < 40, tasks
+    assert max(files) < 64 + 100, files
+    for counted in outcome.of("counted"):
+        assert counted["strangers"] >= 1005
+        assert counted["durable"] != {}
+        assert min(counted["durable"].values()) >= iterations - 3
+        assert counted["strangers without the secret"] >= 5
+
+
+def test_copies_in_one_failure_domain_are_refused_by_every_agent(tmp_path: Path) -> None:
+    argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(free_port())]
+    script = ["--moetion", "--moetion-dir", str(tmp_path), "--moetion-replicas", "1"]
+    nodes = [
+        launch([*argv, "--node-rank", str(node)], *script, MOETION_SECRET="ab" * 16)
+        for node in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2]
+    for _, errors in outputs:
+        assert errors.count("moetion-run: error: --moetion-replicas 1 needs 2 failure domains") == 1
 
 
 def test_a_rank_that_keeps_dying_ends_the_job_in_one_line(tmp_path: Path) -> None:

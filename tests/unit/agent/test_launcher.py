@@ -25,6 +25,7 @@ from megatron_moetion.agent.membership import Rendezvous
 def _no_torchrun_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PET_MASTER_PORT", "PET_NODE_RANK", "PET_NNODES", "MOETION_SECRET"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MOETION_FAILURE_DOMAIN", "host-a")
 
 
 def rendezvous(*argv: str) -> Rendezvous:
@@ -35,9 +36,10 @@ def rendezvous(*argv: str) -> Rendezvous:
 
 def test_one_node_chooses_a_free_port() -> None:
     limit = timedelta(seconds=30)
-    assert rendezvous() == Rendezvous(1, 0, "127.0.0.1", 0, limit)
-    assert rendezvous("--standalone", "--nnodes", "1") == Rendezvous(1, 0, "127.0.0.1", 0, limit)
+    assert rendezvous() == Rendezvous(1, 0, "127.0.0.1", 0, limit, "host-a")
+    assert rendezvous("--standalone", "--nnodes", "1") == rendezvous()
     assert rendezvous("--master-port", "1234").master_port == 1234
+    assert rendezvous("--failure-domain", "rack-7").domain == "rack-7"
 
 
 def test_several_nodes_meet_at_the_master_or_the_rendezvous_endpoint() -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import queue
 import secrets
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
 from megatron_moetion.agent.link import ORPHAN_EXIT_CODE, AgentLink
-from megatron_moetion.agent.wire import Channel, unix_address
+from megatron_moetion.agent.wire import KNOCK_BYTES, Channel, is_knock, listen_unix
 
 SECRET = b"\x01\x02"
 
@@ -27,7 +28,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.name = f"@moetion-test-{secrets.token_hex(4)}"
-        self.listener = Listener(unix_address(self.name), family="AF_UNIX")
+        self.listener = listen_unix(self.name, 1)
         self.got: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.before: list[dict[str, Any]] = []
         self.payload: bytes | None = None
@@ -36,10 +37,11 @@ class Agent:
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
-        try:
-            self.channel = Channel.accepted(self.listener.accept(), SECRET)
-        except AuthenticationError:
+        connection, _ = self.listener.accept()
+        if not is_knock(connection.recv(KNOCK_BYTES, socket.MSG_WAITALL), SECRET):
+            connection.close()
             return
+        self.channel = Channel.accepted(Connection(connection.detach()), SECRET)
         self.accepted.set()
         try:
             while True:

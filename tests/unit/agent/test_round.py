@@ -16,7 +16,6 @@ from megatron_moetion.agent.decision import (
     Event,
     Exited,
     Expired,
-    Forget,
     Gather,
     Gathered,
     Notify,
@@ -278,18 +277,16 @@ def test_when_all_have_died_their_agents_say_how_far_they_were() -> None:
     assert notices(commands, "resume") == [Notify(WORLD, {"op": "resume", "epoch": 4})]
 
 
-def test_a_damaged_frame_is_forgotten_and_the_round_begun_again_without_a_death() -> None:
+def test_without_a_sound_copy_of_a_frame_the_round_begins_again_without_a_death() -> None:
     leader = Round(NODES)
     leader.feed(die(3))
     drive(leader, {3}, Phase.RESTORING)
     damaged = {"global_rank": 2, "key": "frame/9", "reason": "bits differ"}
     commands = leader.feed(say(3, "damaged", epoch=1, **damaged))
-    assert commands[0] == Forget(2, "frame/9", "bits differ")
     (freeze,) = notices(commands, "freeze")
     assert freeze == Notify(WORLD, {"op": "freeze", "epoch": 2, "dead": [3]})
     assert leader.phase is Phase.PLANNING
-    late = leader.feed(say(2, "damaged", epoch=1, **damaged))
-    assert late == [Forget(2, "frame/9", "bits differ")]
+    assert leader.feed(say(2, "damaged", epoch=1, **damaged)) == []
     drive(leader, {3}, Phase.TRAINING)
 
 
@@ -435,3 +432,17 @@ def test_any_order_of_answers_and_deaths_ends_in_training(
     assert not world.ended
     assert world.resumed == dict.fromkeys(WORLD, world.leader.epoch)
     assert world.leader.epoch == num_deaths
+
+
+def test_copies_stand_in_for_what_an_owner_lacks_but_not_for_what_it_dropped() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.GATHERING)
+    listed = lambda *iterations: [{"key": f"frame/{i}/x", "n": i} for i in iterations]  # noqa: E731
+    positions = [{str(rank): at(9) for rank in ranks} for ranks in NODES]
+    first = Gathered(0, 1, {"0": listed(9), "1": []}, positions[0], {"0": 8, "1": 0}, {})
+    copies = {"0": [{"key": "frame/9/x", "n": -1}, *listed(7, 8)], "1": listed(6)}
+    second = Gathered(1, 1, {"2": [], "3": []}, positions[1], {"2": 0, "3": 0}, copies)
+    commands = [*leader.feed(second), *leader.feed(first)]
+    (facts,) = notices(commands, "facts")
+    assert facts.message["frames"] == {"0": listed(9, 8), "1": listed(6), "2": [], "3": []}

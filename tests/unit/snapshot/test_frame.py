@@ -16,6 +16,7 @@ from megatron_moetion.snapshot.frame import (
     copy_in,
     layout,
     live_tensors,
+    operator_ends,
     pieces_of,
     sources,
     to_meta,
@@ -142,6 +143,16 @@ def test_a_part_gives_its_stretch_of_every_tensor_of_the_shard_and_all_of_the_ot
     again = pieces_of(json.loads(json.dumps(to_meta(1, plan, pieces))))
     assert again == pieces
     assert [piece.shape for piece in again] == [(1,), (1,), (), (4,)]
+
+
+def test_stretches_of_operators_are_named_in_order_and_an_empty_frame_has_none(
+    two_operators: dict[str, Operator],
+) -> None:
+    plan = FramePlan((Part("a"),), ("b",))
+    pieces, nbytes = layout(list(sources(plan, two_operators, {})))
+    start_of_b = next(piece.offset for piece in pieces if piece.operator == "b")
+    assert operator_ends(pieces, nbytes) == [("a", start_of_b), ("b", nbytes)]
+    assert operator_ends(*layout([])) == []
 
 
 def test_before_the_first_step_a_full_capture_is_the_main_alone(

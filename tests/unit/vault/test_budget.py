@@ -40,11 +40,13 @@ def train(
     operators: list[Operator],
     inbox: dict[str, tuple[int, int]],
     spill_lasts: int,
+    kept_longer: int,
 ) -> None:
     """The vault's part of many iterations.
 
     Args:
         spill_lasts: iterations for which each window that is kept for a spill stays; 0 keeps none.
+        kept_longer: frames and logs beyond the schedule's.
     """
     by_name = {o.name: o for o in operators}
 
@@ -56,7 +58,7 @@ def train(
     capture(0, schedule.dense)
     kept = range(0)
     for iteration in range(1, 4 * schedule.window + 6):
-        vault.drop(iteration - schedule.frames_kept)
+        vault.drop(iteration - schedule.frames_kept - kept_longer)
         ended = iteration - 2
         if spill_lasts and ended and ended % schedule.window == 0:
             wanted = range(ended - schedule.window + 1, ended + 2)
@@ -84,9 +86,24 @@ def test_the_memory_of_a_run_stays_below_what_was_claimed(data: st.DataObject) -
     inbox = data.draw(st.dictionaries(st.sampled_from(["boundary", "batch"]), entries))
     vault = LocalVault(0)
     spill_lasts = data.draw(st.integers(0, 20))
-    train(vault, schedule, operators, inbox, spill_lasts)
-    need = need_of(schedule, operators, 0, inbox, spills=spill_lasts > 0)
+    kept_longer = data.draw(st.integers(0, 3))
+    train(vault, schedule, operators, inbox, spill_lasts, kept_longer)
+    need = need_of(schedule, operators, 0, inbox, spill_lasts > 0, kept_longer)
     assert vault.usage().reserved_bytes <= need.total
+
+
+def test_spills_and_copies_that_lag_need_what_both_need_together() -> None:
+    units = [Unit("o0", Kind.EXPERT, 300_000)]
+    schedule = generate(units, 3, WindowPolicy.ROLLING)
+    operators, inbox = [operator(0, 300_000)], {"batch": (2, MIB)}
+    neither = need_of(schedule, operators, 0, inbox)
+    spills = need_of(schedule, operators, 0, inbox, spills=True)
+    longer = need_of(schedule, operators, 0, inbox, kept_longer=2)
+    both = need_of(schedule, operators, 0, inbox, spills=True, kept_longer=2)
+    assert neither.total < min(spills.total, longer.total)
+    assert both.total - neither.total == spills.total + longer.total - 2 * neither.total
+    # A holder keeps nothing for the spills of others.
+    assert both.copies == longer.copies
 
 
 def claim(total: int, **others: int) -> Claim:

@@ -74,6 +74,34 @@ def test_what_is_loaded_is_what_was_spilled(tmp_path: Path) -> None:
             assert fetched.meta == {"of": key}
 
 
+def test_a_damaged_frame_is_named_by_its_operators_in_memory_and_on_disk(tmp_path: Path) -> None:
+    store, key = VaultStore(), "frame/5/state"
+    for rank in LAYOUT[0]:
+        fill(store, rank)
+        vault = Vault(StoreShelf(store, rank), rank)
+        region = vault.reserve(key, FRAME_BYTES)
+        vault.seal(key, {}, [("expert.0", 1000), ("router", FRAME_BYTES)])
+    spill.write(tmp_path, store, NAME, SPAN, 0, LAYOUT, {})
+    record = spill.read_record(tmp_path, NAME, 0)
+    loaded = VaultStore()
+    spill.load(tmp_path, record, loaded)
+    reader = Vault(StoreShelf(loaded, 9), 9)
+    assert reader.fetch(1, key) is not None
+    region[1500] ^= 1
+    with pytest.raises(SpillError, match=rf"{key} of rank 1 is damaged: .*: router$"):
+        spill.write(tmp_path, store, spill.name_of(9, "job"), SPAN, 0, LAYOUT, {})
+    path = tmp_path / NAME / "rank1.safetensors"
+    content = bytearray(path.read_bytes())
+    (item,) = [i for i in record.items if (i.global_rank, i.key) == (1, key)]
+    header = 8 + int.from_bytes(content[:8], "little")
+    start = json.loads(content[8:header])[key]["data_offsets"][0]
+    content[header + start] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedSpill, match=rf"{key} does not match its checksum: .*: expert\.0$"):
+        spill.load(tmp_path, record, VaultStore())
+    assert item.parts[0][:2] == ("expert.0", 1000)
+
+
 def test_the_files_are_ordinary_safetensors(tmp_path: Path) -> None:
     spilled(tmp_path)
     tensors = load_file(tmp_path / NAME / "rank1.safetensors")

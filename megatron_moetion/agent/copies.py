@@ -1,0 +1,129 @@
+"""The holder's side of replication: other nodes' frames, received, checked, kept, handed out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from megatron_moetion.agent.counters import Counters
+from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.wire import Channel, Message
+from megatron_moetion.faults import Scripted
+from megatron_moetion.vault.arena import map_shared
+from megatron_moetion.vault.budget import Claim
+from megatron_moetion.vault.entry import Entry, damage, split_key
+from megatron_moetion.vault.placement import Placement
+from megatron_moetion.vault.store import VaultStore
+
+DRAIN_BYTES = 1 << 20
+
+
+class Copies:
+    """Serves the replication streams of other nodes.
+
+    Args:
+        members: all nodes.
+        placement: says which copies are expected here.
+        store: this node's vault.
+        counters: frames held, and those that arrived damaged.
+        faults: scripted damage of copies, in flight and stored.
+        claimed: told when another node has said what its ranks' copies come to.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        placement: Placement,
+        store: VaultStore,
+        counters: Counters,
+        faults: Scripted,
+        claimed: Callable[[], None],
+    ) -> None:
+        self._members, self._placement, self._store = members, placement, store
+        self._counters, self._faults, self._claimed = counters, faults, claimed
+        self._lock = threading.Lock()
+        self._limits: dict[int, int] = {}
+
+    def expected(self) -> int | None:
+        """Bytes of all copies that will be held here; None until every owner has said."""
+        owners = self._placement.held_by(self._members.own_node_rank)
+        ranks = [rank for node in owners for rank in self._members.nodes[node].global_ranks]
+        with self._lock:
+            if any(rank not in self._limits for rank in ranks):
+                return None
+            return sum(self._limits[rank] for rank in ranks)
+
+    def serve(self, channel: Channel, node_rank: int) -> None:
+        """Take what another node sends until it is gone.
+
+        Raises:
+            ValueError, KeyError: it sends what it must not.
+        """
+        copy = self._placement.copy_number(node_rank, self._members.own_node_rank)
+        if not copy:
+            raise ValueError(f"node {node_rank} has no copies here")
+        ranks = self._members.nodes[node_rank].global_ranks
+        try:
+            while True:
+                message = channel.receive()
+                if message["op"] == "claims":
+                    self._claim(channel, message, ranks)
+                elif message["global_rank"] not in ranks:
+                    raise ValueError(f"rank {message['global_rank']} is not of node {node_rank}")
+                elif message["op"] == "copy":
+                    channel.send({"op": self._receive(channel, message, copy)})
+                elif message["op"] == "drop":
+                    self._store.drop(message["global_rank"], message["below"])
+                else:
+                    self._store.forget(message["global_rank"], message["key"])
+        except (EOFError, OSError):
+            # The control connection tells that an agent is gone; this one carries only copies.
+            return
+
+    def _claim(self, channel: Channel, message: Message, ranks: tuple[int, ...]) -> None:
+        claims = {int(rank): Claim.from_json(claim) for rank, claim in message["claims"].items()}
+        with self._lock:
+            for rank in ranks:
+                self._limits[rank] = claims[rank].need.copies
+        channel.send({"op": "heard"})
+        self._claimed()
+
+    def _receive(self, channel: Channel, message: Message, copy: int) -> str:
+        """Take the bytes of one frame; returns what to answer."""
+        rank, key, nbytes = message["global_rank"], message["key"], message["nbytes"]
+        _, iteration = split_key(key)
+        with self._lock:
+            limit = self._limits.get(rank, 0)
+        chunk = self._store.chunk_for_copy(rank, nbytes, limit)
+        if chunk is None:
+            _drain(channel, nbytes)
+            return "full"
+        published = False
+        try:
+            data = map_shared(chunk.path, chunk.nbytes).numpy()[:nbytes]
+            channel.receive_raw(memoryview(data))
+
+            def flip() -> None:
+                data[0] ^= 1
+
+            self._faults.strike("transfer", rank, iteration, copy, flip)
+            if damage(data, message["checksum"], message["parts"]) is not None:
+                self._counters.add("frames that arrived damaged")
+                return "damaged"
+            fields = (message["checksum"], message["meta"], message["parts"])
+            self._store.publish(rank, Entry(key, chunk.number, 0, nbytes, *fields))
+            published = True
+            self._faults.strike("stored", rank, iteration, copy, flip)
+        finally:
+            if not published:
+                self._store.give_back(chunk)
+        self._counters.add("frames held for others")
+        return "stored"
+
+
+def _drain(channel: Channel, nbytes: int) -> None:
+    buffer = memoryview(bytearray(min(nbytes, DRAIN_BYTES)))
+    while nbytes:
+        piece = buffer[: min(nbytes, DRAIN_BYTES)]
+        channel.receive_raw(piece)
+        nbytes -= len(piece)

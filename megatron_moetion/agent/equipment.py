@@ -1,0 +1,86 @@
+"""What an agent consists of besides its main loop and its desk, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron_moetion.agent.claims import Claims
+from megatron_moetion.agent.copies import Copies
+from megatron_moetion.agent.counters import Counters
+from megatron_moetion.agent.items import Damaged, FromWorker, Item
+from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.peers import Peers
+from megatron_moetion.agent.replication import Replication
+from megatron_moetion.events import EventLog
+from megatron_moetion.faults import Fault, Scripted
+from megatron_moetion.vault.placement import Placement
+from megatron_moetion.vault.store import VaultStore
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What the desk hands on to.
+
+    Attributes:
+        store: this node's vault.
+        placement: where copies are.
+        peers: how to reach other nodes' vaults.
+        replication: copies what local ranks seal.
+        copies: takes what other nodes copy here.
+        claims: decides about memory.
+        counters: for metrics.
+    """
+
+    store: VaultStore
+    placement: Placement
+    peers: Peers
+    replication: Replication
+    copies: Copies
+    claims: Claims
+    counters: Counters
+
+
+def assemble(
+    members: Members,
+    store: VaultStore,
+    placement: Placement,
+    secret: bytes,
+    faults: Iterable[Fault],
+    log: EventLog,
+    post: Callable[[Item], None],
+) -> Equipment:
+    """Put an agent's equipment together.
+
+    Args:
+        members: all nodes.
+        store: this node's vault.
+        placement: where copies go.
+        secret: the job's.
+        faults: the script of the whole job.
+        log: for events.
+        post: hands an item to the main loop; called from many threads.
+    """
+    own, counters = members.own, Counters()
+
+    def struck(fault: Fault) -> None:
+        counters.add("faults")
+        log.emit("fault", fault=str(fault), iteration=fault.iteration, copy=fault.copy)
+
+    def quarantined(global_rank: int, key: str, copy: int, reason: str) -> None:
+        post(Damaged(global_rank, key, copy, reason))
+
+    def refuse(reason: str) -> None:
+        post(FromWorker(own.first_global_rank, {"op": "hopeless", "reason": reason}))
+
+    def claimed() -> None:
+        claims.decide()
+
+    scripted = Scripted(faults, struck)
+    copies = Copies(members, placement, store, counters, scripted, claimed)
+    replication = Replication(
+        members, placement, store, secret, counters, log, scripted, quarantined
+    )
+    claims = Claims(own.node_rank, own.global_ranks, store, replication, copies, log, refuse)
+    peers = Peers(members, secret)
+    return Equipment(store, placement, peers, replication, copies, claims, counters)

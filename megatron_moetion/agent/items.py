@@ -1,0 +1,64 @@
+"""What the main loop of an agent is handed by its other threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moetion.agent.wire import Channel, Message
+
+
+@dataclass(frozen=True)
+class FromWorker:
+    """A message of a local worker."""
+
+    global_rank: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class WorkerSilent:
+    """Everything that a local worker had sent before it closed has been posted."""
+
+    global_rank: int
+
+
+@dataclass(frozen=True)
+class FromPeer:
+    """A message over the control connection of another node."""
+
+    node_rank: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class PeerJoined:
+    """Another node's agent has connected to this one, the leader."""
+
+    node_rank: int
+    channel: Channel
+
+
+@dataclass(frozen=True)
+class PeerGone:
+    """A control connection ended."""
+
+    node_rank: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A copy in this node's vault is not what was sealed; it is not used any more.
+
+    Attributes:
+        copy: 0 is the owner's own.
+        reason: how it differs, and in which operators.
+    """
+
+    global_rank: int
+    key: str
+    copy: int
+    reason: str
+
+
+Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone | Damaged

@@ -1,0 +1,350 @@
+"""The owner's side of replication: sealed frames go to the nodes of the placement, in background.
+
+A frame is durable once every node of its placement has acknowledged it. Training never waits for
+that: see `Backlog.start_anew` for what happens when a network is too slow, and
+`schedule.Schedule.lag_bound` for how far behind the copies may be.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import AuthenticationError
+from typing import Any
+
+from megatron_moetion.agent.backlog import Backlog, Dropped, Forgotten, Item, Sealed
+from megatron_moetion.agent.counters import Counters
+from megatron_moetion.agent.membership import Member, Members
+from megatron_moetion.agent.wire import Channel, send_file_region
+from megatron_moetion.events import EventLog
+from megatron_moetion.faults import Scripted
+from megatron_moetion.vault.arena import Chunk, map_shared
+from megatron_moetion.vault.entry import Entry, split_key
+from megatron_moetion.vault.placement import Placement
+from megatron_moetion.vault.store import VaultStore
+
+MAX_STREAMS = 4
+"""Connections to one holder; each rank's frames go over the same one, in order."""
+MAX_ATTEMPTS = 3
+"""Of one transfer that arrives damaged."""
+REPLICATED = ("frame",)
+"""Kinds of entries that are copied. Logs will join them when a node may be lost."""
+
+Quarantined = Callable[[int, str, int, str], None]
+"""Told of a damaged copy on this node: (global rank, key, number of the copy, how)."""
+
+
+@dataclass
+class _Rank:
+    """How far the copies of a rank are.
+
+    Attributes:
+        sealed: its newest frame.
+        durable: its newest durable frame; -1 is none.
+        before: the iteration before its first frame; None before that.
+        bound: see `Replication.bound`.
+        behind: the copies are further behind than that.
+        acknowledged: numbers of the copies that there are, by key of the frame.
+    """
+
+    sealed: int = -1
+    durable: int = -1
+    before: int | None = None
+    bound: int | None = None
+    behind: bool = False
+    acknowledged: dict[str, set[int]] = field(default_factory=dict)
+
+
+class Replication:
+    """Copies what local ranks seal.
+
+    Args:
+        members: all nodes.
+        placement: where copies go.
+        store: this node's vault.
+        secret: the job's.
+        counters: frames and bytes sent, skipped and sent again, and the lag.
+        log: for events.
+        faults: scripted damage of the owner's own copy.
+        quarantined: told when a frame turns out to be damaged before it is sent.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        placement: Placement,
+        store: VaultStore,
+        secret: bytes,
+        counters: Counters,
+        log: EventLog,
+        faults: Scripted,
+        quarantined: Quarantined,
+    ) -> None:
+        self._store, self._counters, self._log = store, counters, log
+        self._faults, self._quarantined = faults, quarantined
+        self._first_rank = members.own.first_global_rank
+        self._num_copies = placement.num_copies
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._ranks = {rank: _Rank() for rank in members.own.global_ranks}
+        num_streams = min(MAX_STREAMS, members.own.num_workers)
+        self._streams = [
+            [_Stream(self, members, members.nodes[node], copy, secret) for _ in range(num_streams)]
+            for copy, node in enumerate(placement.holders[members.own_node_rank], 1)
+        ]
+
+    def start(self) -> None:
+        """Begin; every agent must be listening."""
+        for stream in self._all_streams():
+            threading.Thread(target=stream.run, name="moetion-copies", daemon=True).start()
+
+    def stop(self) -> None:
+        """The job ends: what is not copied now is no news."""
+        self._stopped = True
+
+    def announce(self, claims: Mapping[int, Any]) -> None:
+        """Tell every holder what its copies of these ranks will come to, before any frame does.
+
+        Args:
+            claims: by global rank, as JSON.
+        """
+        for streams in self._streams:
+            streams[0].announce(claims)
+
+    def bound(self, global_rank: int, frames: int) -> None:
+        """How many frames the copies of a rank may be behind."""
+        self._ranks[global_rank].bound = frames
+
+    def sealed(self, global_rank: int, entry: Entry) -> None:
+        """A local rank has sealed an entry; returns at once."""
+        if not _copied(entry) or not self._num_copies:
+            return
+        iteration = split_key(entry.key)[1]
+        with self._lock:
+            rank = self._ranks[global_rank]
+            rank.sealed = max(rank.sealed, iteration)
+            rank.before = iteration - 1 if rank.before is None else rank.before
+            rank.acknowledged[entry.key] = set()
+        self._put(Sealed(global_rank, entry))
+        self._measure(global_rank)
+
+    def copy_held(self) -> None:
+        """Copy the frames that the vault has held since before any worker began.
+
+        A cold start loads them from a spill, and a spill holds what a rank has of its own.
+        """
+        for global_rank in self._ranks:
+            listed = self._store.inventory(global_rank, "")
+            held = [self._store.find(global_rank, listing.key) for listing in listed]
+            frames = [found[0] for found in held if found and _copied(found[0])]
+            if frames and self._num_copies:
+                # The first frames are here all at once: that is no lag.
+                self._ranks[global_rank].before = max(split_key(e.key)[1] for e in frames)
+            for entry in sorted(frames, key=lambda entry: split_key(entry.key)[1]):
+                self.sealed(global_rank, entry)
+
+    def dropped(self, global_rank: int, below: int) -> None:
+        """A local rank has dropped entries; returns at once."""
+        if not self._num_copies:
+            return
+        with self._lock:
+            acknowledged = self._ranks[global_rank].acknowledged
+            for key in [key for key in acknowledged if split_key(key)[1] < below]:
+                del acknowledged[key]
+        self._put(Dropped(global_rank, below))
+
+    def durable(self) -> dict[int, int]:
+        """The newest durable frame of each local rank; -1 is none."""
+        with self._lock:
+            return {number: rank.durable for number, rank in self._ranks.items()}
+
+    def held(self, item: Sealed) -> Chunk | None:
+        """The chunk of a frame that its owner still keeps under this seal; what it has dropped and
+        is only kept for a spill is not that.
+        """
+        found = self._store.find(item.global_rank, item.entry.key)
+        if split_key(item.entry.key)[1] < self._store.below(item.global_rank):
+            return None
+        return found[1] if found is not None and found[0] is item.entry else None
+
+    def acknowledge(self, item: Sealed, copy: int) -> None:
+        """A holder has the frame, checked."""
+        self._counters.add("copied frames")
+        self._counters.add("copied bytes", item.entry.nbytes)
+        iteration = split_key(item.entry.key)[1]
+        with self._lock:
+            rank = self._ranks[item.global_rank]
+            copies = rank.acknowledged.get(item.entry.key)
+            if copies is None:
+                return
+            copies.add(copy)
+            if len(copies) < self._num_copies:
+                return
+            rank.durable = max(rank.durable, iteration)
+        self._counters.add("durable frames")
+        flip = partial(_flip, self._store, item.global_rank, item.entry.key)
+        self._faults.strike("stored", item.global_rank, iteration, 0, flip)
+        self._measure(item.global_rank)
+
+    def skip(self, item: Sealed, number: int, why: str) -> None:
+        """Frames are not copied; training does not care, but it is said."""
+        if self._stopped:
+            return
+        total = self._counters.add("skipped frames", number)
+        fields = {"global_rank": item.global_rank, "key": item.entry.key, "why": why}
+        self._log.emit("skipped", number=number, **fields)
+        if total == number:
+            line = f"{item.entry.key} of rank {item.global_rank} is not copied: {why}"
+            print(f"moetion-run: {line}; more are only counted", file=sys.stderr)
+
+    def resent(self, item: Sealed, copy: int) -> None:
+        """A frame arrived damaged and is sent again."""
+        self._counters.add("resent frames")
+        fields = {"global_rank": item.global_rank, "key": item.entry.key}
+        self._log.emit("resent", copy=copy, **fields)
+
+    def sound(self, item: Sealed) -> bool:
+        """Whether the owner's own bytes are those that were sealed; if not, they are forgotten."""
+        global_rank, key = item.global_rank, item.entry.key
+        reason = self._store.quarantine(global_rank, key, item.entry.checksum)
+        if reason:
+            self._quarantined(global_rank, key, 0, reason)
+        return not reason
+
+    def _put(self, item: Sealed | Dropped) -> None:
+        for streams in self._streams:
+            stream = streams[(item.global_rank - self._first_rank) % len(streams)]
+            if not stream.backlog.put(item) and isinstance(item, Sealed):
+                self.skip(item, 1, "its holder is gone")
+
+    def _all_streams(self) -> Iterable[_Stream]:
+        return [stream for streams in self._streams for stream in streams]
+
+    def _measure(self, global_rank: int) -> None:
+        with self._lock:
+            rank = self._ranks[global_rank]
+            lag = rank.sealed - max(rank.durable, -1 if rank.before is None else rank.before)
+            # The frame that was sealed just now is on its way, not late.
+            behind = rank.bound is not None and lag > rank.bound + 1
+            began, rank.behind = behind and not rank.behind, behind
+        self._counters.reach("largest lag in frames", lag)
+        if not began:
+            return
+        self._log.emit("behind", global_rank=global_rank, lag=lag, bound=rank.bound)
+        if self._counters.add("times behind") == 1:
+            print(
+                f"moetion-run: the copies of rank {global_rank}'s frames are {lag} frames behind,"
+                " more than is kept for them: another node could not rebuild this one; more is"
+                " only counted",
+                file=sys.stderr,
+            )
+
+
+class _Stream:
+    """One connection to one holder, and the thread that writes to it."""
+
+    def __init__(
+        self, owner: Replication, members: Members, holder: Member, copy: int, secret: bytes
+    ) -> None:
+        self._owner, self._copy, self._secret = owner, copy, secret
+        self._own_node, self._holder = members.own_node_rank, holder
+        self._channel: Channel | None = None
+        self._lock = threading.Lock()
+        self.backlog = Backlog()
+
+    def announce(self, claims: Mapping[int, Any]) -> None:
+        """See `Replication.announce`; waits for the holder to have heard it.
+
+        Raises:
+            OSError, EOFError: it is gone.
+        """
+        with self._lock:
+            channel = self._connected()
+            channel.send({"op": "claims", "claims": {str(r): c for r, c in claims.items()}})
+            channel.receive()
+
+    def run(self) -> None:
+        """Tell the holder everything, in order, until it is gone."""
+        item: Item | None = None
+        try:
+            while True:
+                item = self.backlog.take()
+                with self._lock:
+                    self._tell(self._connected(), item)
+        except (OSError, EOFError, AuthenticationError) as error:
+            left = [item, *self.backlog.close()]
+            for lost in [entry for entry in left if isinstance(entry, Sealed)]:
+                self._owner.skip(lost, 1, f"node {self._holder.node_rank} is gone ({error})")
+
+    def _connected(self) -> Channel:
+        if self._channel is None:
+            self._channel = Channel.to_peer(self._holder.host, self._holder.port, self._secret)
+            self._channel.send({"op": "copies", "node_rank": self._own_node})
+        return self._channel
+
+    def _tell(self, channel: Channel, item: Item) -> None:
+        match item:
+            case Dropped():
+                channel.send({"op": "drop", "global_rank": item.global_rank, "below": item.below})
+            case Forgotten():
+                self._forget(channel, item.global_rank, item.key)
+            case Sealed():
+                why = self._send(channel, item)
+                if why is None:
+                    self._owner.acknowledge(item, self._copy)
+                    return
+                late = self.backlog.start_anew(item.global_rank)
+                self._owner.skip(item, 1 + late, why)
+                # What was copied under this key before, if anything, is not the owner's any more.
+                self._forget(channel, item.global_rank, item.entry.key)
+
+    def _forget(self, channel: Channel, global_rank: int, key: str) -> None:
+        channel.send({"op": "forget", "global_rank": global_rank, "key": key})
+
+    def _send(self, channel: Channel, item: Sealed) -> str | None:
+        """Send a frame until it has arrived as it was sealed; otherwise returns why not."""
+        entry = item.entry
+        head = {
+            "op": "copy",
+            "global_rank": item.global_rank,
+            "key": entry.key,
+            "nbytes": entry.nbytes,
+            "checksum": entry.checksum,
+            "meta": entry.meta,
+            "parts": entry.parts,
+        }
+        for _ in range(MAX_ATTEMPTS):
+            chunk = self._owner.held(item)
+            if chunk is None:
+                return "it was dropped before its turn came: the network is too slow"
+            fd = chunk.fd
+
+            def send_bytes(to_fd: int, fd: int = fd) -> None:
+                send_file_region(to_fd, fd, entry.offset, entry.nbytes)
+
+            channel.send(head, send_bytes)
+            answer = channel.receive()["op"]
+            if answer == "stored":
+                return None
+            if answer == "full":
+                return f"node {self._holder.node_rank} has no more room than was claimed"
+            # What its owner drops is written over: then the damage is none.
+            if self._owner.held(item) is not None:
+                if not self._owner.sound(item):
+                    return "it is damaged where it was sealed"
+                self._owner.resent(item, self._copy)
+        return f"it arrived damaged {MAX_ATTEMPTS} times"
+
+
+def _copied(entry: Entry) -> bool:
+    return split_key(entry.key)[0] in REPLICATED
+
+
+def _flip(store: VaultStore, global_rank: int, key: str) -> None:
+    found = store.find(global_rank, key)
+    if found is not None:
+        entry, chunk = found
+        map_shared(chunk.path, chunk.nbytes)[entry.offset] ^= 1
