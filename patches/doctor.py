@@ -160,7 +160,7 @@ def _complaints(command_line: Sequence[str], folder: str) -> list[str]:
 
 
 def _is_launcher(token: str, name: str) -> bool:
-    return Path(token).name == name or token == "megatron_moetion.agent.launcher"
+    return Path(token).name == name or token == "megatron_moetion.agent"
 
 
 def _launch_env(command_line: Sequence[str]) -> dict[str, str]:

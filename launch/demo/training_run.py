@@ -51,7 +51,7 @@ def train(
 
 def moetion_run(num_workers: int, *words: str) -> list[str]:
     """The launcher's command line, by this interpreter, so that no PATH is needed."""
-    launcher = [sys.executable, "-m", "megatron_moetion.agent.launcher"]
+    launcher = [sys.executable, "-m", "megatron_moetion.agent"]
     return [*launcher, "--nproc-per-node", str(num_workers), *words]
 
 

@@ -121,7 +121,7 @@ def train(setting: Setting, directory: Path, *protection: str) -> Run:
 
 def command(setting: Setting, directory: Path, *protection: str) -> list[str]:
     """The command line of one run."""
-    words = [sys.executable, "-m", "megatron_moetion.agent.launcher"]
+    words = [sys.executable, "-m", "megatron_moetion.agent"]
     words += ["--nproc-per-node", str(WORLD_SIZE), "--spares", "1" if protection else "0"]
     words += [str(DEMO / "pretrain_moe.py")]
     # The host's own kernels, none of another library's: what a bare machine has.

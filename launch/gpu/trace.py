@@ -32,7 +32,7 @@ OPTIONAL = frozenset(
 """Packages that the host imports where it finds them, and trains without."""
 
 LATER = (
-    "megatron_moetion.agent.launcher",
+    "megatron_moetion.agent",
     "megatron_moetion.agent.spare",
     "torch.testing._internal.distributed.fake_pg",
 )

@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,11 +17,12 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 
 from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, SpillDoesNotFit, share_over
+from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
 from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.script import agents_config, option, placement_of
-from megatron_moetion.agent.spare import SPARE_FD
+from megatron_moetion.agent.spares import Spare
 from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config, ConfigError
 from megatron_moetion.patch_location import load_patches
@@ -41,10 +41,6 @@ REFUSED = {
     "local_ranks_filter": "leave it out",
 }
 """What torchrun has and moetion-run does not, and what to do instead."""
-
-
-class UsageError(ValueError):
-    """A command line that cannot be run, and what to change."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,8 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a job's part on this node and exit with the job's code."""
+def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoReturn:
+    """Run a job's part on this node and exit with the job's code.
+
+    Args:
+        argv: without the program's name.
+        spare: started ahead, with the environment of `worker_base_env`; ends with this process.
+    """
     args = build_parser().parse_args(argv)
     try:
         check(args)
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         job = job_of(args, rendezvous, meeting, secret)
         store = VaultStore()
         record = cold_start(job, meeting.store, store)
-        code = Node(job, meeting.listener, store, record).run()
+        code = Node(job, meeting.listener, store, record, spare).run()
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
     except MembershipError as error:
@@ -206,11 +207,10 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         "MOETION_AGENT": f"{ABSTRACT_MARK}moetion-{meeting.run_id}-{rendezvous.node_rank}",
         "MOETION_TIMEOUT": f"{rendezvous.timeout.total_seconds():g}",
     }
-    interpreter = [env.get("PYTHON_EXEC", sys.executable), "-u"]
     return Job(
         members=meeting.members,
         program=Program(
-            interpreter=() if args.no_python else tuple(interpreter),
+            interpreter=() if args.no_python else interpreter(),
             module=args.module,
             script=args.training_script,
             args=script_args,
@@ -256,41 +256,6 @@ def spill_folder(script_args: Sequence[str]) -> Path | None:
         # What is not a number is refused by the workers, with all other flags.
         return None
     return Path(option(script_args, "--moetion-dir") or Config().dir).absolute() / FOLDER
-
-
-def worker_base_env(num_workers: int) -> dict[str, str]:
-    """What every worker and spare of this node inherits: torchrun's variables and the patches'."""
-    env = {
-        **os.environ,
-        "ROLE_NAME": "default",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_MAX_RESTARTS": "0",
-        # The store at MASTER_ADDR is the agent's, so that no worker's death ends it.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MOETION": "1",
-    }
-    env.pop(SPARE_FD, None)
-    if num_workers > 1:
-        env.setdefault("OMP_NUM_THREADS", "1")
-    startup = str(startup_folder())
-    others = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry != startup]
-    env["PYTHONPATH"] = os.pathsep.join([startup, *filter(None, others)])
-    return env
-
-
-def startup_folder() -> Path:
-    """The folder that `patches/moetion.sh` puts on PYTHONPATH, of a wheel or of a checkout.
-
-    Raises:
-        UsageError: the installation lacks it.
-    """
-    spec = find_spec("megatron_moetion_patches")
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    places.append(str(Path(__file__).resolve().parents[2] / "patches"))
-    for place in places:
-        if (Path(place) / "startup" / "sitecustomize.py").is_file():
-            return Path(place) / "startup"
-    raise UsageError("megatron_moetion_patches is not installed: install megatron-moetion again")
 
 
 def _number(what: str, text: str | int) -> int:

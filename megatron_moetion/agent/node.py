@@ -50,6 +50,7 @@ class Node:
         listener: for other agents.
         store: this node's vault; None begins an empty one.
         record: of the spill in the store that the job goes on from; None starts afresh.
+        ahead: a spare that was started before anything was known of the job.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Node:
         listener: socket.socket,
         store: VaultStore | None = None,
         record: Record | None = None,
+        ahead: Spare | None = None,
     ) -> None:
         self._job = job
+        self._ahead = ahead
         self._record = record
         self._own = job.members.own
         self._listener = listener
@@ -352,13 +355,16 @@ class Node:
     def _keep_spare(self) -> None:
         wanted = self._job.num_spares > 0 and self._spare is None
         if wanted and self._job.program.interpreter:
-            self._spare = Spare(self._job.program.interpreter, self._job.env)
+            ahead, self._ahead = self._ahead, None
+            self._spare = ahead or Spare(self._job.program.interpreter, self._job.env)
             self._selector.register(self._spare.socket, selectors.EVENT_READ, self._spare)
             self._watch(self._spare.child)
 
     def _start(self, global_rank: int) -> None:
         """Start a worker: by the spare, which may still be importing, or cold."""
-        program, env = self._job.program, self._job.rank_env(global_rank, self._epoch)
+        # A spare that was started ahead lacks all of it.
+        program = self._job.program
+        env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
         argv = (program.script, *program.args)
         assignment = Assignment(global_rank, program.module, argv, env)
         if self._spare is not None and self._spare.assign(assignment):

@@ -5,6 +5,7 @@ ends at once, so that the worker becomes a child of the agent, which adopts orph
 (`supervision.adopt_orphans`), and neither lives nor dies with the spare.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -14,10 +15,12 @@ import socket
 import sys
 import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 SPARE_FD = "MOETION_SPARE_FD"
 PREIMPORT = "MOETION_PREIMPORT"
+LEFT_ALONE = "MOETION_LEFT_ALONE"
+"""Set by a worker that has left a native call alone."""
 MAX_MESSAGE = 1 << 20
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -126,10 +129,29 @@ def become(assignment: dict[str, Any]) -> None:
         # What Python does: `python -m` puts the current directory first, a path its own.
         folder = os.path.dirname(os.path.abspath(script))
         sys.path.insert(0, os.getcwd() if assignment["module"] else folder)
-    if assignment["module"]:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    try:
+        if assignment["module"]:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        end(ended.code)
     else:
-        runpy.run_path(script, run_name="__main__")
+        end(0)
+
+
+def end(code: Any) -> NoReturn:
+    """What the interpreter does at its end, but for what would wait for threads or crash on them:
+    a call into a process group that was left alone never ends.
+    """
+    if LEFT_ALONE not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

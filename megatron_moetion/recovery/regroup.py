@@ -6,7 +6,6 @@ over the heap (one `gc.get_referrers` per group took seconds).
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -149,13 +148,6 @@ class GroupRecorder:
         """
         if self._stale and self.waits.all_ended():
             self._stale.clear()
-
-    def finish(self) -> None:
-        """Nothing is trained any more: what is kept must not hold up the end of the process."""
-        self.forget_stale()
-        for group, _ in self._stale.values():
-            # The interpreter's own end would wait for its threads.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def described(self, description: str) -> list[tuple[int, ...]]:
         """Members of all groups that were made with this `group_desc`, in creation order."""

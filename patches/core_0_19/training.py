@@ -18,6 +18,7 @@ from megatron.training.global_vars import get_args
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion import topology
+from megatron_moetion.agent.spare import LEFT_ALONE
 from megatron_moetion.config import Config
 from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
 from megatron_moetion.inbox.tap import Mode
@@ -373,7 +374,8 @@ def finished(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = host(*args, **kwargs)
     if SESSION is not None:
         job().events.emit("memory", **asdict(job().vault.usage()))
-    job().groups.finish()
+    if not job().groups.waits.all_ended():
+        os.environ[LEFT_ALONE] = "1"
     job().send("finished")
     return result
 

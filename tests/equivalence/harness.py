@@ -81,7 +81,7 @@ class Runner:
         iterations: int,
         flags: Sequence[str] = (),
         variant: str = "demo",
-        launcher: str = "megatron_moetion.agent.launcher",
+        launcher: str = "megatron_moetion.agent",
         launcher_flags: Sequence[str] = (),
         script: Path = PRETRAIN,
         env: Mapping[str, str] | None = None,

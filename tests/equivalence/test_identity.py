@@ -24,7 +24,8 @@ PLACES = (
 APART = 11
 BOTH_STAGES = 2 * len(PLACES) * APART + 3
 ONE_EACH = len(PLACES) * APART + 3
-OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+SPLIT = ["--moetion-window", "3", "--moetion-split", "16"]
+"""Three of the operators of every rank are captured in parts, over two frames."""
 
 
 def _everywhere() -> list[tuple[int, int, str]]:
@@ -122,11 +123,19 @@ def test_a_failure_in_iterations_one_and_two_and_any_kind_of_death_is_recovered(
         "raise:global_rank=2,iteration=13,at=forward:2",
         "exit:global_rank=1,iteration=24,at=end",
     )
-    flags = ["--moetion", "--moetion-fault", ";".join(faults)]
-    run = runner.run("early", iterations=35, flags=flags)
+    flags = ["--moetion", *SPLIT, "--moetion-fault", ";".join(faults)]
+    run = runner.run("early", iterations=35, flags=[*flags, "--moetion-window-policy", "tumbling"])
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, 35)
+    assert_within_claim(run)
     assert [e["recovered"] for e in run.recoveries] == [[3], [0], [2], [1]]
+    # What lies on the two edges between the slots: an expert, and the embedding or output head.
+    split = {(e["who"], name): n for e in run.events("scheduled") for name, n in e["split"].items()}
+    first, last = "chunk0.embedding", "chunk0.output_layer"
+    assert split == {
+        **{(f"rank{rank}", "chunk0.decoder.layers.0.expert.1"): 5 for rank in range(4)},
+        **{(f"rank{rank}", first if rank < 2 else last): 4 for rank in range(4)},
+    }
 
 
 def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
@@ -141,8 +150,10 @@ def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
             ((2, 0)[distance % 2], first + distance, "forward:2"),
         ]
     last = failures[-1][1] + APART
-    flags = ["--moetion", "--moetion-window", str(window)]
+    # In parts under the rolling policy too.
+    flags = ["--moetion", "--moetion-window", str(window), "--moetion-split", "16"]
     run = runner.run("again", iterations=last, flags=[*flags, *kills(*failures)])
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, last)
     assert [e["recovered"] for e in run.recoveries] == [[rank] for rank, *_ in failures]
+    assert any(e["split"] for e in run.events("scheduled")), "nothing was captured in parts"

@@ -27,6 +27,8 @@ AGAINST_THE_PIPE = {
     ("megatron_moetion.inbox.tap", "megatron_moetion.recovery.failure"),
     # A call that was paused translates its group to that of the new epoch.
     ("megatron_moetion.inbox.tap", "megatron_moetion.recovery.regroup"),
+    # A tap knows whether what it waits for crosses stages, which decides when that is called off.
+    ("megatron_moetion.inbox.tap", "megatron_moetion.recovery.waiting"),
 }
 
 HOST_FILES = {"patches/core_0_19/"}

@@ -25,7 +25,7 @@ BROAD_EXCEPTS = {
     ("megatron_moetion/inbox/tap.py", "_live"): "a collective may be cut",
     ("patches/core_0_19/training.py", "unprotected"): "evaluation may be cut",
     # Carried to the training thread, which raises it.
-    ("megatron_moetion/recovery/regroup.py", "_fulfil"): "a group is made in another thread",
+    ("megatron_moetion/recovery/waiting.py", "run"): "a call is made in another thread",
     # Clean-up, then the same error again.
     ("megatron_moetion/interception.py", "apply"): "rows applied so far are put back",
     # Ends the process: going on without notices would be a hang.

@@ -46,7 +46,7 @@ class Outcome:
 
 def launch(argv: list[str], *script: str, stub: bool = True, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_moetion.agent.launcher", *argv, *([STUB] * stub), *script],
+        [sys.executable, "-m", "megatron_moetion.agent", *argv, *([STUB] * stub), *script],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

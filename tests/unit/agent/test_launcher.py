@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moetion.agent.environment import UsageError, startup_folder, worker_base_env
 from megatron_moetion.agent.launcher import (
-    UsageError,
     build_parser,
     check,
     local_world_size,
     option,
     rendezvous_of,
     secret_of,
-    startup_folder,
-    worker_base_env,
 )
 from megatron_moetion.agent.membership import Rendezvous
 

@@ -159,6 +159,26 @@ def test_a_spare_becomes_a_module(scene: Scene, capfd: pytest.CaptureFixture[str
     assert "Zen of Python" in capfd.readouterr().out
 
 
+ENDS = """\
+import atexit, os, sys, threading
+atexit.register(print, "handlers run")
+os.environ["MOETION_LEFT_ALONE"] = "1"
+threading.Thread(target=threading.Event().wait).start()
+sys.exit(5)
+"""
+
+
+def test_a_worker_with_a_call_that_never_ends_ends_with_its_code_all_the_same(
+    scene: Scene, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scene.write("script", ENDS)
+    spare = scene.spare()
+    spare.assign(scene.assignment(0))
+    (worker,) = scene.hear_births(spare, 1).values()
+    assert ended(worker) == 5
+    assert "handlers run" in capfd.readouterr().out
+
+
 def test_a_spare_ends_quietly_when_its_agent_lets_go(
     scene: Scene, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,7 +185,9 @@ def main(global_rank: int, store_port: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))
+        print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))), flush=True)
+        # A thread that was left alone in gloo would crash the interpreter's own end.
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
