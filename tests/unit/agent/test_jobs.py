@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from megatron_moetion.agent.gate import MAX_WAITING
 from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
 
@@ -182,7 +183,8 @@ def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
     assert max(tasks) < 40, tasks
     assert max(files) < 64 + 100, files
     for counted in outcome.of("counted"):
-        assert counted["strangers"] >= 1005
+        # The last ones may still have been waiting, silent, when the job was over.
+        assert counted["strangers"] >= 1005 - MAX_WAITING
         assert counted["durable"] != {}
         assert min(counted["durable"].values()) >= iterations - 3
         assert counted["strangers without the secret"] >= 5
