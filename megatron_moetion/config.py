@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 
 from megatron_moetion import faults
 
-WindowPolicy = Literal["rolling", "tumbling"]
+WindowPolicy = Literal["auto", "rolling", "tumbling"]
+Popularity = Literal["hard-count", "soft-count", "time-decayed", "capacity-aware", "none"]
 
 AUTO_WINDOW = 4
-"""What ``--moetion-window auto`` means in this version."""
-
+"""What ``--moetion-window auto`` begins with, until enough is measured."""
 
 AUTO_REPLICAS = 2
 """What ``--moetion-replicas auto`` means where there are enough failure domains."""
@@ -55,10 +55,15 @@ def _auto_or_whole(least: int) -> Callable[[str], int | Literal["auto"]]:
     return read
 
 
-def _window_policy(text: str) -> str:
-    if text not in get_args(WindowPolicy):
-        raise ValueError("give 'rolling' or 'tumbling'")
-    return text
+def _one_of(choices: Any) -> Callable[[str], str]:
+    *most, last = (f"'{choice}'" for choice in get_args(choices))
+
+    def read(text: str) -> str:
+        if text not in get_args(choices):
+            raise ValueError(f"give {', '.join(most)} or {last}")
+        return text
+
+    return read
 
 
 def _directory(text: str) -> Path:
@@ -122,27 +127,40 @@ class Config:
         metadata=_flag(
             "--moetion-window",
             "auto|N",
-            f"Frames that rebuild a full state. auto is {AUTO_WINDOW} in this version.",
+            f"Frames that rebuild a full state. auto: begins with {AUTO_WINDOW} and takes the "
+            "fewest that capture and replication keep up with, as measured while training.",
             _auto_or_whole(1),
         ),
     )
     window_policy: WindowPolicy = field(
-        default="rolling",
+        default="auto",
         metadata=_flag(
             "--moetion-window-policy",
-            "rolling|tumbling",
-            "rolling: any W consecutive frames are a base. tumbling: only whole windows are.",
-            _window_policy,
+            "auto|rolling|tumbling",
+            "rolling: any W consecutive frames are a base. tumbling: only whole windows are. auto: "
+            "begins with rolling and takes what replays less of those that keep up.",
+            _one_of(WindowPolicy),
         ),
     )
-    split: int = field(
-        default=0,
+    split: int | Literal["auto"] = field(
+        default="auto",
         metadata=_flag(
             "--moetion-split",
-            "N",
+            "auto|N",
             "Operators with more than 1/N of the parameters that a rank has operators of are "
-            "captured in parts no larger than that, over several frames. 0 splits none.",
-            _whole(0),
+            "captured in parts no larger than that, over several frames. 0 splits none. auto: "
+            "splits where whole operators do not let capture keep up.",
+            _auto_or_whole(0),
+        ),
+    )
+    popularity: Popularity = field(
+        default="hard-count",
+        metadata=_flag(
+            "--moetion-popularity",
+            "hard-count|soft-count|time-decayed|capacity-aware|none",
+            "How the popularity of experts is measured; the least popular are captured first. "
+            "none keeps the order that the run begins with.",
+            _one_of(Popularity),
         ),
     )
     replicas: int | Literal["auto"] = field(

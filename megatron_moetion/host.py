@@ -6,11 +6,30 @@ Implemented in `patches/`, the only place that knows Megatron.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from megatron_moetion.operators import Operator, ParamState
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The experts of this rank as the routers of its stage see them.
+
+    Attributes:
+        places: by operator name, where its load stands in a tensor of `shape`.
+        shape: (routers of this stage, experts of each).
+        group: all ranks of this stage.
+        capacity: tokens that an expert takes in an iteration at most, from all ranks of the stage.
+    """
+
+    places: Mapping[str, tuple[int, int]]
+    shape: tuple[int, int]
+    group: Any
+    capacity: float
+
 
 State = dict[str, Any]
 """Nested containers of tensors and scalars that `snapshot.bundle` can write."""
@@ -53,6 +72,17 @@ class Host(Protocol):
 
     def reset_after_abort(self) -> None:
         """Forgets half-done communication and gradients of an iteration that was given up."""
+
+    def routing(self) -> Routing | None:
+        """None where this stage has no experts."""
+
+    def count_loads(self) -> None:
+        """From now on, counts what routers send to each expert; starts at zero."""
+
+    def take_load(self) -> torch.Tensor | None:
+        """What was counted since `count_loads` or the last call: float32, shape `Routing.shape`,
+        on the training device; None where nothing is counted. The caller's own.
+        """
 
     def begin_replay(self) -> None:
         """Switches overlap of communication off; collective-free."""

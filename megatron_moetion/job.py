@@ -26,7 +26,7 @@ from megatron_moetion.recovery.failure import Superseded
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
 from megatron_moetion.recovery.regroup import GroupRecorder
 from megatron_moetion.vault import LocalVault, Vault
-from megatron_moetion.vault.budget import Claim, MemoryDoesNotFit, free_bytes, refusal
+from megatron_moetion.vault.budget import Claim, MemoryDoesNotFit, free_bytes, settle
 
 Notice = dict[str, Any]
 
@@ -103,6 +103,7 @@ class Job:
         num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
         claimed: this rank's memory has been claimed by a predecessor.
+        ceiling: how long windows may become; 0 is never to change them.
     """
 
     config: Config
@@ -118,6 +119,7 @@ class Job:
     num_copies: int = 0
     fake: bool = False
     claimed: bool = False
+    ceiling: int = 0
     backend: str = "nccl"
     group_timeout: timedelta = timedelta(minutes=10)
     facts: Facts | None = None
@@ -151,13 +153,17 @@ class Job:
         """
         limit = self.config.memory_bytes
         if self.link is not None:
-            self.link.request({"op": "claim", "limit": limit, "lag": lag, **claim.to_json()})
+            asked = {"op": "claim", "limit": limit, "lag": lag, **claim.to_json()}
+            self.ceiling = self.link.request(asked)["ceiling"]
             return
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         alike = dict.fromkeys(range(num_local), claim)
-        reason = refusal(alike, free_bytes() if limit is None else limit)
-        if reason is not None:
-            raise MemoryDoesNotFit(reason)
+        grant = settle(alike, free_bytes() if limit is None else limit)
+        if grant.refusal is not None:
+            raise MemoryDoesNotFit(grant.refusal)
+        self.ceiling = grant.ceiling
+        if grant.note is not None and self.global_rank == 0:
+            print(f"moetion: {grant.note}", flush=True)
 
     def receive_facts(self, epoch: int) -> Facts:
         self.facts = facts_of(self.notices.wait("facts", epoch))
@@ -185,6 +191,7 @@ def open_job(
     global_rank: int,
     world_size: int,
     on_map: Callable[[torch.Tensor], None] | None = None,
+    on_unmap: Callable[[torch.Tensor], None] | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> Job:
     """Connects to the agent of this node, or works without one.
@@ -193,12 +200,13 @@ def open_job(
 
     Args:
         on_map: called once with each new chunk of host memory, to register it as pinned memory.
+        on_unmap: called with those of them that are given back.
         identity: flags and versions that a later run must share to go on from what this one spills.
     """
     link = AgentLink.connect()
     replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
     fired: list[int] = []
-    claimed, num_copies = False, 0
+    claimed, num_copies, ceiling = False, 0, 0
     if link is not None:
         hello = {
             "op": "hello",
@@ -209,8 +217,11 @@ def open_job(
         }
         welcome = link.request(hello)
         fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
+        ceiling = welcome["ceiling"]
     vault = (
-        LocalVault(global_rank, on_map) if link is None else agent_vault(link, global_rank, on_map)
+        LocalVault(global_rank, on_map, on_unmap)
+        if link is None
+        else agent_vault(link, global_rank, on_map, on_unmap)
     )
     events = EventLog(config.dir, f"rank{global_rank}")
 
@@ -225,6 +236,7 @@ def open_job(
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
         Notices(patience), replacement, num_copies, fake=replacement, claimed=claimed,
+        ceiling=ceiling,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
-from megatron_moetion.host import Host
+from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
@@ -36,12 +37,21 @@ from megatron_moetion.recovery.plan import (
     needs_result,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild
-from megatron_moetion.schedule import FramePlan, Schedule, Unit, generate
+from megatron_moetion.schedule import FramePlan, Schedule, generate
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
+from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
-from megatron_moetion.vault.budget import OTHER_WINDOWS, Claim, Need, need_of
+from megatron_moetion.vault.arena import size_class
+from megatron_moetion.vault.budget import (
+    OTHER_WINDOWS,
+    Claim,
+    Need,
+    frame_bytes,
+    need_of,
+    need_of_change,
+)
 from megatron_moetion.vault.spill import Span
 
 
@@ -59,8 +69,8 @@ class Session:
     freeze: a commit point is passed either before a freeze or not at all.
     """
 
-    def __init__(self, job: Job, topology: Topology, host: Host, schedule: Schedule) -> None:
-        self.job, self.topology, self.host, self.schedule = job, topology, host, schedule
+    def __init__(self, job: Job, topology: Topology, host: Host, steering: Steering) -> None:
+        self.job, self.topology, self.host, self.steering = job, topology, host, steering
         self.cursor = Cursor()
         self.log = InboxLog(job.vault, job.global_rank, host.device)
         self.collectives = CollectiveTap(self.cursor, self.log, topology, job.groups, self)
@@ -82,12 +92,8 @@ class Session:
         self._offered = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
+        self._began: tuple[int, float] | None = None
         job.hooks.append(self._on_notice)
-
-    @property
-    def _kept_longer(self) -> int:
-        # Always and not only while copies are late: the memory has to be claimed in any case.
-        return self.schedule.lag_bound if self.job.num_copies else 0
 
     @property
     def position(self) -> Position:
@@ -124,25 +130,53 @@ class Session:
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
         # Before anything new is logged: what is claimed at the start counts on that.
-        self.job.vault.drop(iteration - self.schedule.frames_kept - self._kept_longer)
+        timeline = self.steering.timeline
+        self.job.vault.drop(timeline.oldest(iteration))
+        if timeline.forget(iteration):
+            self.job.vault.trim(self._frame_classes(timeline.newest))
         key = HeaderKey(iteration)
         known = self.log.read_state(key) if self._position.iteration == iteration else None
         if known is None:
-            self.log.write_state(key, self.host.start_state())
+            self.log_start(iteration, self.host.start_state())
         else:
             self.host.load_start_state(known)
         # The frame before the last one is sealed for sure.
         self._offer_window(iteration - 2)
+        self._time(iteration)
+        if self.steering.counts_loads:
+            self.host.count_loads()
         self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
         self.reached("start")
 
+    def log_start(self, iteration: int, state: State) -> None:
+        """Logs what a replacement needs to begin an iteration.
+
+        Args:
+            state: `Host.start_state`.
+        """
+        self.log.write_state(HeaderKey(iteration), {**state, "steering": self.steering.to_state()})
+
+    def _time(self, iteration: int) -> None:
+        now, began = time.perf_counter(), self._began
+        if began is not None and began[0] == iteration - 1:
+            self.steering.pace.iterated(now - began[1])
+        self._began = (iteration, now)
+
+    def _frame_classes(self, schedule: Schedule) -> frozenset[int]:
+        """Capacities of the chunks that frames lie in."""
+        operators, buffer_bytes = self._operators, self.steering.buffer_bytes
+        plans = map(schedule.frame_of_slot, range(schedule.window))
+        return frozenset(size_class(frame_bytes(p, operators, buffer_bytes)) for p in plans)
+
     def _offer_window(self, iteration: int) -> None:
         """Keeps the window that ends at `iteration` for the agent, if it is one to be spilled."""
-        every = self.job.config.spill_interval * self.schedule.window
-        if self.job.link is None or not every or iteration % every or iteration <= self._offered:
+        schedule, every = self.steering.timeline.at(iteration), self.job.config.spill_interval
+        if self.job.link is None or not every or iteration <= self._offered:
+            return
+        if not schedule.closes_at(iteration) or schedule.number(iteration) % every:
             return
         self._offered = iteration
-        span = Span(iteration - self.schedule.window + 1, iteration)
+        span = Span(iteration - schedule.window + 1, iteration)
         kept = self.job.vault.keep(span.iterations)
         self.job.send("window", span=asdict(span), kept=kept)
 
@@ -196,7 +230,7 @@ class Session:
             return result
         if self._position.committed < iteration:
             self.commit()
-        self.capture(iteration, self.schedule.frame(iteration))
+        self.capture(iteration, self.steering.timeline.at(iteration).frame(iteration))
         self._move(replace(self._position, progress=Progress.AFTER_STEP))
         return result
 
@@ -204,11 +238,17 @@ class Session:
         """Right before the first parameter changes: every rank holds its final gradients (design
         section 6).
         """
+        iteration = self.cursor.iteration
         if self.cursor.mode is Mode.REPLAY:
             self.host.drop_frozen_gradients()
+            if iteration == self._position.iteration:
+                # What was decided before that, this rank knows.
+                self.steer()
             return
-        if self.cursor.mode is Mode.OFF or self._position.committed == self.cursor.iteration:
+        if self.cursor.mode is Mode.OFF or self._position.committed == iteration:
             return
+        self.steering.loaded(iteration, self.host.take_load())
+        self.steer()
         self.collectives.pass_world(self.host.device)
         with self._lock:
             frozen = self._frozen
@@ -218,6 +258,27 @@ class Session:
             self.await_commit(Interrupted("a peer was lost at the commit point"))
             with self._lock:
                 self._commit_now()
+
+    def steer(self) -> None:
+        """At the end of a window, agrees on how to capture the next ones. Whatever is told inside a
+        stage comes before the collective of the world that all commit behind.
+        """
+        iteration, timeline = self.cursor.iteration, self.steering.timeline
+        if not timeline.at(iteration).closes_at(iteration):
+            return
+        self.collectives.world_passed = False
+        news = self.steering.decide(iteration, self.collectives)
+        if news is not None and self.job.global_rank == 0 and self.cursor.mode is Mode.LIVE:
+            print(f"moetion: from iteration {iteration + 1} on {news}", flush=True)
+        if timeline.newest.first > iteration:
+            self.tell_schedule()
+
+    def tell_schedule(self) -> None:
+        """For the timeline of events."""
+        now = self.steering.timeline.newest
+        slots = [[part.to_json() for part in parts] for parts in now.slots]
+        fields = {"window": now.window, "policy": now.policy, "split": now.split, "slots": slots}
+        self.job.events.emit("scheduled", first=now.first, **fields)
 
     def _commit_now(self) -> None:
         i = self.cursor.iteration
@@ -238,8 +299,11 @@ class Session:
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
         meta, ends = to_meta(iteration, plan, pieces), operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
+        copied = self._frame
 
         def publish() -> None:
+            if copied.nbytes:
+                self.steering.pace.copied(copied.nbytes, copied.seconds())
             vault.seal(key, meta, ends)
             if damage:
                 data[0] ^= 1
@@ -254,33 +318,42 @@ class Session:
         text = f"moetion: {key} of global rank {self.job.global_rank} is not sealed: {error}"
         print(text, file=sys.stderr, flush=True)
 
-    def claim_memory(self, units: Sequence[Unit]) -> None:
+    def claim_memory(self) -> None:
         """Has this node check that the frames and logs of its ranks fit in its memory.
-
-        Args:
-            units: in the schedule's order.
 
         Raises:
             MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
-        inbox = self.host.inbox()
-        buffers = sum(tensor.nbytes for tensor in self.host.buffers().values())
+        steering = self.steering
+        timeline, options = steering.timeline, steering.options
+        logs = {**self.host.inbox(), "steering": (1, steering.log_bytes(self.topology.world_size))}
 
         def need(schedule: Schedule) -> Need:
             spills = self.job.link is not None and self.job.config.spill_interval > 0
-            longer = schedule.lag_bound if self.job.num_copies else 0
-            return need_of(schedule, self.host.operators, buffers, inbox, spills, longer)
+            return need_of(
+                schedule, self.host.operators, steering.buffer_bytes, logs, spills,
+                timeline.kept(schedule) - schedule.frames_kept,
+            )  # fmt: skip
 
-        policy, split = self.schedule.policy, self.job.config.split
-        others = {w: need(generate(units, w, policy, split)).total for w in OTHER_WINDOWS}
-        claim = Claim(need(self.schedule), others)
-        self.job.events.emit("claimed", nbytes=claim.need.total)
-        self.job.claim_memory(claim, self._kept_longer)
+        # More than one after a start from a spill that another window left.
+        present = [need(schedule) for schedule in timeline.schedules]
+        now, units = timeline.newest, steering.units
+        others = {w: need(generate(units, w, now.policy)).total for w in OTHER_WINDOWS}
+        ceilings = {
+            w: need_of_change([*present, *map(need, options.schedules(units, w))])
+            for w in options.ceilings
+        }
+        claim = Claim(need_of_change(present) if len(present) > 1 else present[0], others, ceilings)
+        lag = timeline.kept(now) - now.frames_kept
+        self.job.claim_memory(claim, lag)
+        steering.ceiling = self.job.ceiling
+        granted = claim.with_ceiling(self.job.ceiling)
+        self.job.events.emit("claimed", nbytes=granted.need.total)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""
-        self.capture(iteration, self.schedule.dense)
-        self.log.write_state(HeaderKey(iteration + 1), self.host.start_state())
+        self.capture(iteration, self.steering.timeline.newest.dense)
+        self.log_start(iteration + 1, self.host.start_state())
         # Nobody says that it is protected before everybody is. The barrier is small talk already: a
         # rank that fails right behind it leaves its peers paused here, not lost.
         self._position = Position(iteration, Progress.RETURNED, iteration, iteration)
@@ -356,6 +429,8 @@ class Session:
         self._recover(error)
 
     def _recover(self, error: Exception) -> None:
+        # How long this iteration takes says nothing.
+        self._began = None
         while True:
             epoch = self.job.notices.failure(error, self._handled)
             try:
@@ -466,7 +541,8 @@ class Session:
         dead = self.job.global_rank in plan.dead
         run_on = needs_result(self._position, plan.committed, dead)
         self._run_on = run_on
-        capture = lambda i: self.capture(i, self.schedule.frame(i))  # noqa: E731
+        timeline = self.steering.timeline
+        capture = lambda i: self.capture(i, timeline.at(i).frame(i))  # noqa: E731
         self._rebuild = Rebuild(stage, self.host, self.frames, self.log, capture)
         before = replace(self.cursor)
         self._plan = plan

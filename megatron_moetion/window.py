@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
 from statistics import median
-from typing import Any
 
 from megatron_moetion.operators import Operator
 from megatron_moetion.schedule import Schedule, Unit, WindowPolicy, generate
@@ -29,6 +28,8 @@ DRIFT = 0.1
 """The window is decided again when iterations take this part longer or shorter (paper)."""
 HISTORY = 50
 """Iterations in the sliding window of measurements."""
+ENOUGH = 10
+"""Iterations to be measured before anything is chosen: the first ones are slow."""
 WINDOWS = range(1, 65)
 FINENESS = 4
 """Parts are at most this part of a fair share: a frame exceeds the share by no more than one."""
@@ -89,8 +90,8 @@ class Pace:
         self._replications.append(nbytes / seconds)
 
     def rates(self) -> Rates | None:
-        """The medians; None before an iteration and a copy have been timed."""
-        if not (self._seconds and self._copies):
+        """The medians; None before `ENOUGH` iterations and a copy have been timed."""
+        if len(self._seconds) < ENOUGH or not self._copies:
             return None
         replication = median(self._replications) if self._replications else inf
         return Rates(median(self._seconds), median(self._copies), replication)
@@ -201,21 +202,30 @@ class Fit:
             return f"training waits about {waits:.0f} ms in each iteration"
         return f"about one frame in {self._replication:.1f} is replicated"
 
-    def to_json(self) -> dict[str, Any]:
-        """An infinite rate is written as None, which JSON knows."""
-        fields = asdict(self)
-        if self.rates.replication_bytes_per_second == inf:
-            fields["rates"]["replication_bytes_per_second"] = None
-        return fields
+    def to_row(self) -> list[float]:
+        """As float64 numbers, `ROW` of them, so that ranks can exchange it in a collective."""
+        price, rates = self.price, self.rates
+        return [
+            list(WindowPolicy).index(self.policy),
+            self.window,
+            self.split,
+            price.largest,
+            price.total,
+            rates.iteration_seconds,
+            rates.copy_bytes_per_second,
+            rates.replication_bytes_per_second,
+        ]
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Fit:
-        rates = dict(fields["rates"])
-        if rates["replication_bytes_per_second"] is None:
-            rates["replication_bytes_per_second"] = inf
-        policy = WindowPolicy(fields["policy"])
-        sizes = Price(**fields["price"])
-        return cls(policy, fields["window"], fields["split"], sizes, Rates(**rates))
+    def from_row(cls, row: Sequence[float]) -> Fit:
+        """Whole numbers below 2**53 come back exactly."""
+        policy, window, split, largest, total = (int(value) for value in row[:5])
+        price = Price(largest, total, window)
+        return cls(list(WindowPolicy)[policy], window, split, price, Rates(*row[5:]))
+
+
+ROW = 8
+"""Numbers in a row of a `Fit`."""
 
 
 def fit(
@@ -225,6 +235,7 @@ def fit(
     policy: WindowPolicy,
     buffer_bytes: int = 0,
     windows: Iterable[int] = WINDOWS,
+    split: int | None = None,
 ) -> Fit:
     """The smallest window whose frames fit both limits, or the one that exceeds them least.
 
@@ -235,14 +246,15 @@ def fit(
         units: in capture order.
         operators: of this rank, by name.
         windows: what may be taken, ascending; those that host memory has room for.
+        split: as `schedule.generate` takes it, where the user has said so.
     """
     tried = []
     for window in windows:
-        for split in (0, FINENESS * window):
-            schedule = generate(units, window, policy, split)
-            if split and not schedule.split:
+        for parts in (0, FINENESS * window) if split is None else (split,):
+            schedule = generate(units, window, policy, parts)
+            if parts and split is None and not schedule.split:
                 continue
-            found = Fit(policy, window, split, price(schedule, operators, buffer_bytes), rates)
+            found = Fit(policy, window, parts, price(schedule, operators, buffer_bytes), rates)
             if found.overrun <= 1:
                 return found
             tried.append(found)
@@ -270,7 +282,7 @@ class Choice:
         return None if known == (self.policy, self.window, self.split, self.fits) else self.reason
 
 
-def choose(fits: Sequence[Fit]) -> Choice:
+def choose(fits: Sequence[Fit], split: int | None = None) -> Choice:
     """The policy that replays less, with the longest window that any rank needs.
 
     A rank that could do with a shorter one has smaller frames in the longer one. One rank that
@@ -278,14 +290,16 @@ def choose(fits: Sequence[Fit]) -> Choice:
 
     Args:
         fits: of all ranks, for one policy or for both; in any order.
+        split: as given to `fit`.
     """
     needs = []
     for policy in WindowPolicy:
         of_policy = [fit for fit in fits if fit.policy is policy]
         if of_policy:
-            window, split = max(f.window for f in of_policy), any(f.split for f in of_policy)
+            window, any_split = max(f.window for f in of_policy), any(f.split for f in of_policy)
+            parts = FINENESS * window * any_split if split is None else split
             slowest = max(of_policy, key=lambda f: (f.overrun > 1, f.window, f.overrun))
-            needs.append(_Need(slowest, policy, window, FINENESS * window if split else 0))
+            needs.append(_Need(slowest, policy, window, parts))
     best, *others = sorted(needs, key=lambda need: need.badness)
     against = "".join(f", {other.instead}" for other in others)
     reason = f"{best.words}{against}" if best.fits else best.words

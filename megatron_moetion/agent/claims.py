@@ -12,7 +12,7 @@ from megatron_moetion.agent.copies import Copies
 from megatron_moetion.agent.replication import Replication
 from megatron_moetion.agent.wire import Channel, Message
 from megatron_moetion.events import EventLog
-from megatron_moetion.vault.budget import Claim, free_bytes, refusal, table
+from megatron_moetion.vault.budget import Claim, free_bytes, settle, table
 from megatron_moetion.vault.store import VaultStore
 
 
@@ -48,11 +48,17 @@ class Claims:
         self._limit: int | None = None
         self._announced = False
         self._decided = False
+        self._ceiling = 0
 
     def asked(self, global_rank: int) -> bool:
         """Whether a rank's memory has been claimed, by whichever process."""
         with self._lock:
             return global_rank in self._claims
+
+    @property
+    def ceiling(self) -> int:
+        """How long windows may become on this node; 0 is never to change them."""
+        return self._ceiling
 
     def take(self, global_rank: int, channel: Channel, message: Message) -> None:
         """A rank asks; it is answered with "granted" or the job ends."""
@@ -77,24 +83,27 @@ class Claims:
 
     def decide(self) -> None:
         """Answer, if everything is known."""
-        copies = self._copies.expected()
         with self._lock:
-            if copies is None or self._decided or not self._announced:
+            if not self._copies.known() or self._decided or not self._announced:
                 return
             self._decided = True
         held = self._store.allocated_bytes()
         available = free_bytes() + held if self._limit is None else self._limit
-        reason = refusal(self._claims, available, copies)
-        if reason is not None:
-            self._refuse(f"node {self._node_rank}: {reason}")
+        grant = settle(self._claims, available, self._copies.expected)
+        if grant.refusal is not None:
+            self._refuse(f"node {self._node_rank}: {grant.refusal}")
             return
-        if copies:
-            self._log.emit("claimed", nbytes=copies, what="copies for other nodes")
+        self._ceiling = grant.ceiling
+        self._copies.allow(grant.ceiling)
+        if grant.copies:
+            self._log.emit("claimed", nbytes=grant.copies, what="copies for other nodes")
         if self._node_rank == 0:
-            needs = {rank: self._claims[rank].need for rank in sorted(self._claims)}
-            for line in table(needs, available, copies).splitlines():
+            needs = {rank: grant.claims[rank].need for rank in sorted(grant.claims)}
+            for line in table(needs, available, grant.copies).splitlines():
                 print(f"moetion-run: {line}", file=sys.stderr)
+        if grant.note is not None:
+            print(f"moetion-run: node {self._node_rank}: {grant.note}", file=sys.stderr)
         for claimant, request_id in self._waiting:
             # One that has died meanwhile is about to be seen, and its replacement need not ask.
             with contextlib.suppress(OSError):
-                claimant.send({"op": "granted", "id": request_id})
+                claimant.send({"op": "granted", "id": request_id, "ceiling": grant.ceiling})

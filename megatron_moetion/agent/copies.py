@@ -42,16 +42,36 @@ class Copies:
         self._members, self._placement, self._store = members, placement, store
         self._counters, self._faults, self._claimed = counters, faults, claimed
         self._lock = threading.Lock()
-        self._limits: dict[int, int] = {}
+        self._claims: dict[int, Claim] = {}
+        self._ceiling = 0
 
-    def expected(self) -> int | None:
-        """Bytes of all copies that will be held here; None until every owner has said."""
-        owners = self._placement.held_by(self._members.own_node_rank)
-        ranks = [rank for node in owners for rank in self._members.nodes[node].global_ranks]
+    def known(self) -> bool:
+        """Whether every owner has said what its copies come to."""
         with self._lock:
-            if any(rank not in self._limits for rank in ranks):
-                return None
-            return sum(self._limits[rank] for rank in ranks)
+            return all(rank in self._claims for rank in self._owned())
+
+    def expected(self, ceiling: int) -> int:
+        """Bytes of all copies that will be held here; only when that is `known`.
+
+        Args:
+            ceiling: how long windows may become, see `budget.Claim`; one that an owner does not ask
+                for is 0 to it.
+        """
+        with self._lock:
+            return sum(self._limit(self._claims[rank], ceiling) for rank in self._owned())
+
+    def allow(self, ceiling: int) -> None:
+        """From now on copies may take what they need with windows that become as long as that."""
+        with self._lock:
+            self._ceiling = ceiling
+
+    @staticmethod
+    def _limit(claim: Claim, ceiling: int) -> int:
+        return claim.with_ceiling(ceiling if ceiling in claim.ceilings else 0).need.copies
+
+    def _owned(self) -> list[int]:
+        owners = self._placement.held_by(self._members.own_node_rank)
+        return [rank for node in owners for rank in self._members.nodes[node].global_ranks]
 
     def serve(self, channel: Channel, node_rank: int) -> None:
         """Take what another node sends until it is gone.
@@ -83,8 +103,7 @@ class Copies:
     def _claim(self, channel: Channel, message: Message, ranks: tuple[int, ...]) -> None:
         claims = {int(rank): Claim.from_json(claim) for rank, claim in message["claims"].items()}
         with self._lock:
-            for rank in ranks:
-                self._limits[rank] = claims[rank].need.copies
+            self._claims.update({rank: claims[rank] for rank in ranks})
         channel.send({"op": "heard"})
         self._claimed()
 
@@ -93,7 +112,8 @@ class Copies:
         rank, key, nbytes = message["global_rank"], message["key"], message["nbytes"]
         _, iteration = split_key(key)
         with self._lock:
-            limit = self._limits.get(rank, 0)
+            claim = self._claims.get(rank)
+            limit = 0 if claim is None else self._limit(claim, self._ceiling)
         chunk = self._store.chunk_for_copy(rank, nbytes, limit)
         if chunk is None:
             _drain(channel, nbytes)

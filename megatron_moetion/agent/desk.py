@@ -126,7 +126,8 @@ class Desk:
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         with self._lock:
-            claimed = {"claimed": self._equipment.claims.asked(rank)}
+            claims = self._equipment.claims
+            claimed = {"claimed": claims.asked(rank), "ceiling": claims.ceiling}
             with contextlib.suppress(ConnectionError):
                 channel.send({**self._welcome(rank), **claimed, "id": hello["id"]})
                 for notice in self._early.pop(rank, []):
@@ -168,6 +169,8 @@ class Desk:
                     chunk = self._store.new_chunk(rank, message["nbytes"])
                     reply = {"chunk": chunk.number, "path": chunk.path, "nbytes": chunk.nbytes}
                     channel.send({"op": "chunk", "id": message["id"], **reply})
+                case "discard":
+                    self._store.discard(rank, message["chunk"])
                 case "claim":
                     self._equipment.claims.take(rank, channel, message)
                 case "fetch":

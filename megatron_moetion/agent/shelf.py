@@ -28,6 +28,10 @@ class AgentShelf:
         reply = self._link.request({"op": "chunk", "nbytes": nbytes})
         return reply["chunk"], reply["path"], reply["nbytes"]
 
+    def discard(self, number: int) -> None:
+        """One-way, in order with `drop`."""
+        self._link.send({"op": "discard", "chunk": number})
+
     def publish(self, entry: Entry) -> None:
         """One-way: what was sent reaches the agent even if this worker dies now."""
         self._link.send({"op": "entry", **dataclasses.asdict(entry)})
@@ -68,7 +72,10 @@ class AgentShelf:
 
 
 def agent_vault(
-    link: AgentLink, global_rank: int, on_map: Callable[[torch.Tensor], None] | None = None
+    link: AgentLink,
+    global_rank: int,
+    on_map: Callable[[torch.Tensor], None] | None = None,
+    on_unmap: Callable[[torch.Tensor], None] | None = None,
 ) -> Vault:
     """The vault of this worker, kept by its agent. Say `hello` first; see `Vault` for the rest."""
-    return Vault(AgentShelf(link), global_rank, on_map)
+    return Vault(AgentShelf(link), global_rank, on_map, on_unmap)

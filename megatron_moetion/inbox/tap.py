@@ -102,6 +102,7 @@ class CollectiveTap:
         self._groups, self._gate = groups, gate
         self._members: dict[str, tuple[int, ...]] = {}
         self._signatures: dict[str, inspect.Signature] = {}
+        self._apart = False
         self.world_passed = False
 
     def pass_world(self, device: torch.device) -> None:
@@ -111,8 +112,32 @@ class CollectiveTap:
         With the distributed optimizer the gradient norm is one (design section 6).
         """
         if not self.world_passed:
-            dist.all_reduce(torch.zeros(1, device=device))
+            self.all_reduce(torch.zeros(1, device=device))
             self.world_passed = True
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None
+    ) -> None:
+        """An all-reduce of ours, in place: logged inside a stage, too, and not counted with the
+        host's own, which replay may meet without it.
+        """
+        with self._ours():
+            dist.all_reduce(tensor, op=op, group=group)
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows, shape [world_size, len(row)]; logged as `all_reduce` is."""
+        rows = row.new_empty(self._topology.world_size * len(row))
+        with self._ours():
+            dist.all_gather_into_tensor(rows, row)
+        return rows.view(-1, len(row))
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def forget(self) -> None:
         """Group objects have changed; members are the same, so nothing else is kept of them."""
@@ -135,8 +160,9 @@ class CollectiveTap:
         label = self._groups.name(group)
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
-        ours = len(members) > 1 and (
-            crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE)
+        ours = self._apart or (
+            len(members) > 1
+            and (crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE))
         )
         if not ours or name not in _OUTPUTS:
             if ours and crosses and not self._cursor.small_talk:
@@ -148,7 +174,8 @@ class CollectiveTap:
             raise MissingFromInbox(
                 f"asynchronous {name} on group {label} {members} cannot be logged"
             )
-        key = CollectiveKey(self._cursor.iteration, label, self._cursor.take(f"collective/{label}"))
+        place = f"{label}+" if self._apart else label
+        key = CollectiveKey(self._cursor.iteration, place, self._cursor.take(f"collective/{place}"))
         outputs = _tensors(name, bound)
         if self._cursor.mode is Mode.REPLAY or self._cursor.refeed == self._cursor.iteration:
             if self._feed(key, outputs, members):
@@ -159,7 +186,7 @@ class CollectiveTap:
                     f"replay of iteration {key.iteration} met {name} number {key.ordinal} on "
                     f"group {label} {list(members)}, which nobody logged"
                 )
-        if not self._cursor.small_talk:
+        if not (self._cursor.small_talk or self._apart):
             self._gate.reached("norm")
         result = self._live(key, host, bound, outputs, members)
         self._seen(members)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,10 +30,17 @@ OnFailure = Callable[[str, Exception], None]
 
 
 class Ticket:
-    """One copy on its way; good for as long as anybody asks."""
+    """One copy on its way; good for as long as anybody asks.
 
-    def __init__(self, event: Any = None) -> None:
-        self._event = event
+    Args:
+        nbytes: that are copied.
+        began: when; an event where `event` is one, else `time.perf_counter`.
+        event: fires when the bytes have arrived; None where they are there already.
+    """
+
+    def __init__(self, nbytes: int, began: Any, event: Any = None) -> None:
+        self.nbytes, self._began, self._event = nbytes, began, event
+        self._seconds = 0.0 if event is not None else time.perf_counter() - began
         self._settled = threading.Event()
         self.sealed = False
 
@@ -48,6 +56,12 @@ class Ticket:
         """Blocks the calling thread until the bytes are in host memory."""
         if self._event is not None:
             self._event.synchronize()
+
+    def seconds(self) -> float:
+        """How long the copy took; to be asked once its bytes are there."""
+        if self._event is not None:
+            return float(self._began.elapsed_time(self._event)) / 1000
+        return self._seconds
 
     def done(self) -> bool:
         """Whether `seal` has come to an end, well or not; always False before it is asked for."""
@@ -192,8 +206,9 @@ class CpuCopier(Copier):
         steady: Sequence[bool],
         passing: bool = False,
     ) -> Ticket:
+        began = time.perf_counter()
         _copy(targets, sources)
-        return Ticket()
+        return Ticket(sum(t.nbytes for t in targets), began)
 
 
 _Seal = tuple[Ticket, str, Callable[[], None], Callable[[], None]]
@@ -242,15 +257,16 @@ class CudaCopier(Copier):
         # Behind the clones and behind whatever last wrote to the sources.
         self._stream.wait_stream(_cuda.current_stream(self._device))
         with _cuda.stream(self._stream):
-            _copy(targets, safe)
             # Without it the sealing thread would spin, on a core that the data loader could use.
-            event = _cuda.Event(blocking=True)
+            began, event = (_cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+            began.record(self._stream)
+            _copy(targets, safe)
             event.record(self._stream)
         for tensor, is_steady in zip(safe, steady, strict=True):
             # The allocator must not hand this memory to the next activation before it is copied.
             if tensor.is_cuda and (passing or not is_steady):
                 tensor.record_stream(self._stream)
-        return Ticket(event)
+        return Ticket(sum(t.nbytes for t in targets), began, event)
 
     def _run(self) -> None:
         while (seal := self._seals.get()) is not None:
@@ -269,12 +285,21 @@ def copier_for(device: torch.device, on_failure: OnFailure | None = None) -> Cop
 def register_pinned(chunk: torch.Tensor) -> None:
     """Page-locks a chunk of shared memory, so that copies into it can be asynchronous.
 
-    The registration lasts until the process ends; the chunk must stay mapped that long.
+    The registration lasts until `unregister_pinned`; the chunk must stay mapped that long.
 
     Raises:
         torch.cuda.CudaError: the driver refuses, for example for lack of lockable memory.
     """
     _cuda.check_error(_cuda.cudart().cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
+
+
+def unregister_pinned(chunk: torch.Tensor) -> None:
+    """Undoes `register_pinned`, before the chunk is unmapped.
+
+    Raises:
+        torch.cuda.CudaError: it is not registered.
+    """
+    _cuda.check_error(_cuda.cudart().cudaHostUnregister(chunk.data_ptr()))
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

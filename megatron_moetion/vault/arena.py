@@ -55,6 +55,11 @@ class Chunk:
             raise
         return cls(number, fd, f"/proc/{os.getpid()}/fd/{fd}", capacity)
 
+    def hollow_out(self) -> None:
+        """Give the memory back at once; whoever has the chunk mapped reads zeros from now on."""
+        with mmap.mmap(self.fd, self.nbytes) as mapping:
+            mapping.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Give the memory back once the last mapping is gone too."""
         os.close(self.fd)

@@ -7,12 +7,12 @@ knows; how many of each are kept follows from the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion.operators import Operator
+from megatron_moetion.operators import Kind, Operator
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.vault.arena import ALIGNMENT_BYTES, SMALLEST_CHUNK_BYTES, align, size_class
 
@@ -76,6 +76,8 @@ def need_of(
     by_name = {operator.name: operator for operator in operators}
     slots = [schedule.frame_of_slot(slot) for slot in range(schedule.window)]
     largest = max(frame_bytes(plan, by_name, buffer_bytes) for plan in slots)
+    if schedule.reorders:
+        largest += _most_gained(slots, operators)
     # In iteration i those of i - kept to i are held, of which the first was dense at the start. One
     # more, as a replacement cannot fill up what its predecessor began.
     kept, spilled = schedule.frames_kept + 1 + kept_longer, schedule.window + 1 if spills else 0
@@ -87,6 +89,31 @@ def need_of(
         inbox=(kept + 1) * logs,
         spill=spilled * (size_class(largest) + logs),
     )
+
+
+def need_of_change(needs: Sequence[Need]) -> Need:
+    """What one rank needs while frames of two of some schedules are kept at the same time.
+
+    Args:
+        needs: with each of the schedules alone.
+    """
+    largest = sorted(needs, key=lambda need: need.frames + need.inbox)[-2:]
+    return Need(
+        start=max(need.start for need in needs),
+        frames=sum(need.frames for need in largest),
+        inbox=sum(need.inbox for need in largest),
+        spill=max(need.spill for need in needs),
+    )
+
+
+def _most_gained(slots: Sequence[FramePlan], operators: Sequence[Operator]) -> int:
+    """By how many bytes a frame can grow when experts change places: a rank may hold all of one and
+    nothing of another.
+    """
+    experts = {o.name: o.full_bytes for o in operators if o.kind is Kind.EXPERT}
+    most = max(experts.values(), default=0)
+    held = [[experts[p.operator] for p in plan.full if p.operator in experts] for plan in slots]
+    return max(len(sizes) * most - sum(sizes) for sizes in held)
 
 
 def _chunk_bytes(count: int, nbytes: int) -> int:
@@ -116,19 +143,73 @@ class Claim:
     Attributes:
         need: with the window that was asked for.
         others: bytes in all with other windows, by W, so that a refusal can say what would fit.
+        ceilings: with windows that change and may become as long as W, by W; none where the window
+            never changes.
     """
 
     need: Need
     others: Mapping[int, int]
+    ceilings: Mapping[int, Need] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         others = {str(window): nbytes for window, nbytes in self.others.items()}
-        return {"need": asdict(self.need), "others": others}
+        ceilings = {str(window): asdict(need) for window, need in self.ceilings.items()}
+        return {"need": asdict(self.need), "others": others, "ceilings": ceilings}
 
     @classmethod
     def from_json(cls, message: Mapping[str, Any]) -> Claim:
         others = {int(window): int(nbytes) for window, nbytes in message["others"].items()}
-        return cls(Need(**message["need"]), others)
+        ceilings = {int(window): Need(**need) for window, need in message["ceilings"].items()}
+        return cls(Need(**message["need"]), others, ceilings)
+
+    def with_ceiling(self, ceiling: int) -> Claim:
+        """What is asked for when windows may become as long as that; 0 is never to change them."""
+        return replace(self, need=self.ceilings[ceiling] if ceiling else self.need)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The answer to the claims of a node.
+
+    Attributes:
+        ceiling: how long windows may become; 0 is never to change them.
+        claims: with that, by global rank.
+        copies: bytes of what is held for other nodes, with that.
+        refusal: why not even that fits, in one line; None when it does.
+        note: what the user should know of the ceiling, or None.
+    """
+
+    ceiling: int
+    claims: Mapping[int, Claim]
+    copies: int
+    refusal: str | None
+    note: str | None
+
+
+def settle(
+    claims: Mapping[int, Claim], available: int, copies: Callable[[int], int] = lambda ceiling: 0
+) -> Grant:
+    """The highest ceiling with which the claims of a node's ranks fit.
+
+    Args:
+        claims: by global rank, of all ranks of the node.
+        available: bytes.
+        copies: bytes of what is held for other nodes, by ceiling.
+    """
+    common = set.intersection(*(set(claim.ceilings) for claim in claims.values()))
+    asked = sorted(common, reverse=True)
+    for ceiling in (*asked, 0):
+        with_it = {rank: claim.with_ceiling(ceiling) for rank, claim in claims.items()}
+        why = refusal(with_it, available, copies(ceiling))
+        if why is None:
+            break
+    note = None
+    if why is None and asked and ceiling < asked[0]:
+        may = f"windows may become {ceiling} long" if ceiling else "the window does not change"
+        wanted = {rank: claim.with_ceiling(asked[0]) for rank, claim in claims.items()}
+        nbytes = sum(claim.need.total for claim in wanted.values()) + copies(asked[0])
+        note = f"{may}: {mib(nbytes)} would be needed for {asked[0]}, {mib(available)} may be taken"
+    return Grant(ceiling, with_it, copies(ceiling), why, note)
 
 
 class MemoryDoesNotFit(RuntimeError):

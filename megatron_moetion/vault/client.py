@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class _OpenChunk:
 
     number: int
     memory: torch.Tensor
+    frames: bool
     end: int = 0
     num_regions: int = 0
 
@@ -87,6 +89,7 @@ class Vault:
         shelf: the agent, or this process (`LocalVault`).
         global_rank: whose entries `seal` and `drop` mean.
         on_map: called once with each newly mapped chunk (uint8), for example to pin it.
+        on_unmap: called with each of them that is given back by `trim`.
     """
 
     def __init__(
@@ -94,10 +97,11 @@ class Vault:
         shelf: Shelf,
         global_rank: int,
         on_map: Callable[[torch.Tensor], None] | None = None,
+        on_unmap: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.global_rank = global_rank
         self._shelf = shelf
-        self._on_map = on_map
+        self._on_map, self._on_unmap = on_map, on_unmap
         self._lock = threading.RLock()
         self._filling: dict[tuple[str, int], _OpenChunk] = {}
         self._free: dict[int, list[_OpenChunk]] = {}
@@ -204,6 +208,21 @@ class Vault:
             for key in [k for k, i in iterations.items() if i < below and i not in kept]:
                 self._leave(self._sealed.pop(key))
 
+    def trim(self, capacities: AbstractSet[int]) -> None:
+        """Give back the free chunks of frames, but for those of some capacities (bytes).
+
+        For when frames have got another size: what is free now would lie idle for ever.
+        """
+        with self._lock:
+            for capacity in self._free.keys() - capacities:
+                given = [chunk for chunk in self._free[capacity] if chunk.frames]
+                for chunk in given:
+                    self._free[capacity].remove(chunk)
+                    self._chunks.remove(chunk)
+                    if self._on_unmap is not None:
+                        self._on_unmap(chunk.memory)
+                    self._shelf.discard(chunk.number)
+
     def keep(self, iterations: range) -> bool:
         """Leave sealed entries of these iterations alone although they are dropped, for the agent
         to read.
@@ -273,7 +292,7 @@ class Vault:
 
     def _chunk_for(self, kind: str, iteration: int, nbytes: int) -> _OpenChunk:
         if kind == "frame":
-            return self._take_any(nbytes) or self._take(nbytes)
+            return self._take_any(nbytes) or self._take(nbytes, frames=True)
         chunk = self._filling.get((kind, iteration))
         if chunk is None or align(chunk.end) + nbytes > chunk.memory.numel():
             chunk = self._filling[kind, iteration] = self._take(nbytes)
@@ -284,14 +303,18 @@ class Vault:
         the largest of all, must not lie idle for ever.
         """
         capacity = min((c for c, free in self._free.items() if free and c >= nbytes), default=None)
-        return None if capacity is None else self._free[capacity].pop()
+        if capacity is None:
+            return None
+        chunk = self._free[capacity].pop()
+        chunk.frames = True
+        return chunk
 
-    def _take(self, nbytes: int) -> _OpenChunk:
+    def _take(self, nbytes: int, frames: bool = False) -> _OpenChunk:
         free = self._free.get(size_class(nbytes))
         if free:
             return free.pop()
         number, path, capacity = self._shelf.chunk(nbytes)
-        chunk = _OpenChunk(number, map_shared(path, capacity))
+        chunk = _OpenChunk(number, map_shared(path, capacity), frames)
         if self._on_map is not None:
             self._on_map(chunk.memory)
         self._chunks.append(chunk)
@@ -315,7 +338,10 @@ class LocalVault(Vault):
     """
 
     def __init__(
-        self, global_rank: int, on_map: Callable[[torch.Tensor], None] | None = None
+        self,
+        global_rank: int,
+        on_map: Callable[[torch.Tensor], None] | None = None,
+        on_unmap: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self._store = VaultStore()
-        super().__init__(StoreShelf(self._store, global_rank), global_rank, on_map)
+        super().__init__(StoreShelf(self._store, global_rank), global_rank, on_map, on_unmap)

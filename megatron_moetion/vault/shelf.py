@@ -38,6 +38,9 @@ class Shelf(Protocol):
     def chunk(self, nbytes: int) -> tuple[int, str, int]:
         """Allocate; returns (number, path, capacity in bytes)."""
 
+    def discard(self, number: int) -> None:
+        """Give a chunk back; nothing that is needed lies in it."""
+
     def publish(self, entry: Entry) -> None:
         """The entry is sealed; once this returns it survives the worker."""
 
@@ -64,6 +67,9 @@ class StoreShelf:
     def chunk(self, nbytes: int) -> tuple[int, str, int]:
         chunk = self._store.new_chunk(self._global_rank, nbytes)
         return chunk.number, chunk.path, chunk.nbytes
+
+    def discard(self, number: int) -> None:
+        self._store.discard(self._global_rank, number)
 
     def publish(self, entry: Entry) -> None:
         self._store.publish(self._global_rank, entry)

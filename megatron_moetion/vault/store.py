@@ -38,14 +38,31 @@ class VaultStore:
         self._index: dict[int, dict[str, Entry]] = {}
         self._below: dict[int, int] = {}
         self._pinned: dict[int, range] = {}
+        self._hollow: set[int] = set()
 
     def new_chunk(self, global_rank: int, nbytes: int) -> Chunk:
         """Hand out a chunk of at least `nbytes` to a live worker."""
         with self._lock:
             free = self._free.get(size_class(nbytes))
             chunk = free.pop() if free else Chunk.create(next(self._numbers), nbytes)
+            self._hollow.discard(chunk.number)
             self._held[chunk.number] = _Held(chunk, global_rank)
             return chunk
+
+    def discard(self, global_rank: int, number: int) -> None:
+        """A live worker has no use for one of its chunks any more: its memory is given back.
+
+        Raises:
+            ValueError: it is not that rank's, or an entry lies in it.
+        """
+        with self._lock:
+            held = self._held.get(number)
+            if held is None or held.global_rank != global_rank or held.num_entries:
+                raise ValueError(f"chunk {number} is not an empty one of rank {global_rank}")
+            del self._held[number]
+            held.chunk.hollow_out()
+            self._hollow.add(number)
+            self._free.setdefault(held.chunk.nbytes, []).append(held.chunk)
 
     def chunk_for_copy(self, global_rank: int, nbytes: int, limit_bytes: int) -> Chunk | None:
         """A chunk for the copy of one entry; `give_back` it or publish the entry in it.
@@ -192,11 +209,16 @@ class VaultStore:
             return self._below.get(global_rank, 0)
 
     def allocated_bytes(self) -> int:
-        """Capacity of all chunks, in use or free."""
+        """Capacity of all chunks that may hold memory, in use or free."""
         with self._lock:
             in_use = [held.chunk for held in self._held.values()]
             free = [*self._free.values(), *self._free_for_copies.values()]
-            return sum(chunk.nbytes for chunks in [in_use, *free] for chunk in chunks)
+            return sum(
+                chunk.nbytes
+                for chunks in [in_use, *free]
+                for chunk in chunks
+                if chunk.number not in self._hollow
+            )
 
     def close(self) -> None:
         """Give all memory back; mappings in other processes stay valid until they go."""

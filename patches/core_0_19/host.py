@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     update_num_microbatches,
@@ -18,10 +20,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
 from megatron.training.global_vars import get_args, get_timers
 
-from megatron_moetion.host import State
+from megatron_moetion.host import Routing, State
 from megatron_moetion.operators import Operator, ParamState
 
-from .operators_host import canonical_buffers, find_operators, inner_optimizers
+from .operators_host import canonical_buffers, expert_places, find_operators, inner_optimizers
 
 _COUNTERS = (
     "iteration",
@@ -94,6 +96,8 @@ class MegatronHost:
         self._running: frozenset[str] = frozenset()
         self._frozen: list[ParamState] = []
         self._sync_funcs: tuple[Any, Any] = (None, None)
+        self._routers, self._places = expert_places(model)
+        self._load: torch.Tensor | None = None
 
     def buffers(self) -> Mapping[str, torch.Tensor]:
         return canonical_buffers(self.model)
@@ -241,6 +245,50 @@ class MegatronHost:
         if args.overlap_param_gather and args.align_param_gather:
             functions = [chunk.start_param_sync for chunk in self.model]
             self._config.param_sync_func = functions[0] if len(functions) == 1 else functions
+
+    def routing(self) -> Routing | None:
+        if not self._places:
+            return None
+        args = get_args()
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        capacity = inf
+        if args.moe_expert_capacity_factor is not None:
+            tokens = args.seq_length * args.micro_batch_size * args.moe_router_topk
+            each = ceil(args.moe_expert_capacity_factor * tokens / args.num_experts)
+            capacity = each * get_num_microbatches() * group.size()
+        return Routing(self._places, (len(self._routers), args.num_experts), group, capacity)
+
+    def count_loads(self) -> None:
+        shape = (len(self._routers), get_args().num_experts)
+        self._load = torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def take_load(self) -> torch.Tensor | None:
+        load, self._load = self._load, None
+        return load
+
+    def note_load(self, router: Any, logits: torch.Tensor, routed: torch.Tensor) -> None:
+        """Counts what one pass through a router sends to each expert; waits for nothing.
+
+        Args:
+            logits: shape [..., num_experts].
+            routed: bool, shape [tokens, num_experts]; with a capacity what is dropped is missing
+                here, so it is counted from the logits.
+        """
+        if self._load is None or id(router) not in self._routers:
+            return
+        soft = get_args().moetion_popularity == "soft-count"
+        with torch.no_grad():
+            if soft or router.config.moe_expert_capacity_factor is not None:
+                scores = logits.detach().float().flatten(0, -2)
+                sigmoid = router.score_function == "sigmoid"
+                gates = scores.sigmoid() if sigmoid else scores.softmax(-1)
+                if not soft:
+                    biased = gates if router.expert_bias is None else gates + router.expert_bias
+                    chosen = biased.topk(router.topk, dim=-1).indices
+                    gates = torch.zeros_like(gates).scatter_(-1, chosen, 1.0)
+            else:
+                gates = routed
+            self._load[self._routers[id(router)]] += gates.sum(0)
 
     def begin_replay(self) -> None:
         self.reset_after_abort()

@@ -73,6 +73,27 @@ def _place(name: str) -> tuple[Kind, str]:
     return Kind.LAYER, f"{layer}.rest"
 
 
+def expert_places(
+    model: Sequence[torch.nn.Module],
+) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
+    """Routers by id, each with its number in this stage, and where the load of each expert of this
+    rank stands, by operator name: (number of its router, its number among all experts).
+    """
+    routers: dict[int, int] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for index, chunk in enumerate(model):
+        for name, module in chunk.named_modules():
+            indices = getattr(module, "local_expert_indices", None)
+            router = getattr(module, "router", None)
+            if indices is None or router is None:
+                continue
+            number = routers.setdefault(id(router), len(routers))
+            place = f"chunk{index}.{name.replace('module.', '')}.experts.local_experts"
+            for local, expert in enumerate(indices):
+                places[_place(f"{place}.{local}.")[1]] = (number, expert)
+    return routers, places
+
+
 def inner_optimizers(optimizer: Any) -> list[Any]:
     """The optimizers under a chain, without the stubs of ranks that have nothing to optimize."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])

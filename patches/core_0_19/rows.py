@@ -250,6 +250,16 @@ ROWS: tuple[Patch, ...] = (
         retire_when="Megatron offers a post-step hook",
     ),
     Patch(
+        target="megatron.core.transformer.moe.router:TopKRouter.routing",
+        how="around",
+        handler=t.routing,
+        signature="(self, logits, padding_mask=...)",
+        digest="064bc38e4dc6",
+        stage="schedule",
+        why="how many tokens each expert gets decides in which order experts are captured",
+        retire_when="Megatron counts tokens for each expert in every configuration",
+    ),
+    Patch(
         target="megatron.core.optimizer.optimizer:FP32Optimizer.step",
         how="around",
         handler=t.optimizer_step,

@@ -25,8 +25,9 @@ from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
-from megatron_moetion.schedule import Unit, WindowPolicy, generate, order
 from megatron_moetion.session import Session
+from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
+from megatron_moetion.steering import Options, Steering
 from megatron_moetion.vault.budget import MemoryDoesNotFit
 
 from ..activation import refuse
@@ -170,6 +171,15 @@ def passed(place: str) -> Callable[..., Any]:
     return handler
 
 
+def routing(host: Callable[..., Any], self: Any, logits: torch.Tensor, **kwargs: Any) -> Any:
+    """TopKRouter.routing: how many tokens go to each expert."""
+    probs, routed = host(self, logits, **kwargs)
+    if SESSION is not None and SESSION.cursor.mode is Mode.LIVE:
+        assert isinstance(SESSION.host, MegatronHost)
+        SESSION.host.note_load(self, logits, routed)
+    return probs, routed
+
+
 def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
     """The step of the outermost optimizer."""
     if SESSION is None or self is not getattr(SESSION.host, "optimizer", None):
@@ -234,18 +244,18 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """One iteration; the first call opens the session."""
     iteration = kwargs["iteration"] + 1
     first = SESSION is None
+    state = _own_state(job(), iteration) if first and job().replacement else None
     if first:
-        _open_session(host, args, kwargs)
+        _open_session(args, iteration, state)
     assert SESSION is not None
     assert isinstance(SESSION.host, MegatronHost)
     host_view = SESSION.host
     host_view.note_timers()
     host_view.call = Call(host, args, kwargs)
-    if not (first and job().replacement):
+    if state is None:
         if first:
             SESSION.protect(iteration - 1)
         return SESSION.train_step(iteration, lambda: host(*args, **kwargs))
-    state = _own_state(job(), iteration)
     host_view.load_loop_state(state)
     facts = job().facts
     assert facts is not None
@@ -280,7 +290,14 @@ def _skip_batches(host_view: MegatronHost, iteration: int) -> None:
             microbatch += 1
 
 
-def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
+    """Makes the session of this process.
+
+    Args:
+        args: of the host's training step.
+        iteration: the first one here.
+        state: what a predecessor logged at its start, if this is a replacement.
+    """
     global SESSION
     this = job()
     _, data_iterator, model, optimizer, scheduler, config, *_ = args
@@ -288,19 +305,28 @@ def _open_session(host: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     host_view = MegatronHost(model, optimizer, scheduler, iterators, config)
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
-    units = order([Unit(o.name, o.kind, o.numel) for o in host_view.operators])
-    policy = WindowPolicy(this.config.window_policy)
-    plan = generate(units, this.config.window_size, policy, this.config.split)
+    buffer_bytes = sum(tensor.nbytes for tensor in host_view.buffers().values())
+    steering = Steering(
+        host_view.operators, buffer_bytes, Options.of(this.config), host_view.routing(),
+        this.num_copies > 0, host_view.device,
+    )  # fmt: skip
+    if state is not None:
+        steering.load_state(state["steering"])
+        if not this.claimed:
+            steering.start_at(iteration)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.claimed:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
-    this.events.emit("scheduled", window=plan.window, policy=policy, split=plan.split)
-    SESSION = Session(this, where, host_view, plan)
+    SESSION = Session(this, where, host_view, steering)
     if not this.claimed:
         try:
-            SESSION.claim_memory(units)
+            SESSION.claim_memory()
         except MemoryDoesNotFit as error:
             refuse(str(error))
+    SESSION.tell_schedule()
+    if state is not None and not this.claimed:
+        # Whoever takes this worker's place must not begin with what was spilled.
+        SESSION.log_start(iteration, state)
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -387,12 +413,9 @@ def open_job(config: Config, args: Any) -> None:
     global JOB
     if os.environ.get("MOETION_AGENT"):
         sys.excepthook = _end_now
-    on_map = (
-        _register
-        if torch.cuda.is_available() and torch.version.cuda and not _rehearsing()
-        else None
-    )
-    JOB = jobs.open_job(config, args.rank, args.world_size, on_map, identity(args))
+    pinned = torch.cuda.is_available() and torch.version.cuda and not _rehearsing()
+    on_map, on_unmap = (register_pinned, unregister_pinned) if pinned else (None, None)
+    JOB = jobs.open_job(config, args.rank, args.world_size, on_map, on_unmap, identity(args))
 
 
 def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -410,11 +433,6 @@ def _rehearsing() -> bool:
     from megatron_moetion import rehearsal
 
     return rehearsal.wanted()
-
-
-def _register(chunk: torch.Tensor) -> None:
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # untyped in torch
-    torch.cuda.check_error(runtime.cudaHostRegister(chunk.data_ptr(), chunk.nbytes, 0))
 
 
 def digest_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
