@@ -1,10 +1,12 @@
 """Stands in for ``"cuda"`` as the name of a device, and for moving tensors to it."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.jit import _builtins
+from torch.utils._device import _device_constructors
 
 from megatron_moetion.rehearsal.answers import always
 
@@ -21,6 +23,14 @@ _TYPE_NAMES = {
     torch.bool: "torch.cuda.BoolTensor",
 }
 
+_LIKE = (
+    "empty_like full_like ones_like rand_like randint_like randn_like zeros_like normal from_file"
+)
+"""What takes a device and is missing in torch's own list, `_device_constructors`."""
+
+_METHODS = "to new new_empty new_empty_strided new_full new_ones new_tensor new_zeros is_pinned"
+"""Methods of tensors that take a device; ``Module.to`` calls ``Tensor.to``."""
+
 
 def _on_cpu(value: Any) -> Any:
     """The CPU for anything that names a CUDA device, else ``value`` itself."""
@@ -31,16 +41,11 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites device arguments of every torch function called on this thread."""
+def _cuda_means_cpu(host: Callable[..., Any]) -> Callable[..., Any]:
+    """``host`` with the CPU in place of a CUDA device, however it is given."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    @functools.wraps(host)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             device = kwargs.get("device")
             if device is not None:
@@ -52,11 +57,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             if isinstance(value, (str, torch.device)):
                 args = (args[0], *map(_on_cpu, args[1:]))
                 break
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return host(*args, **kwargs)
 
-
-# Never popped: it has to outlast `install`.
-_mode: Any = _CudaMeansCpu()
+    return wrapper
 
 
 def _stay() -> Callable[..., Any]:
@@ -67,9 +70,10 @@ def _stay() -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Push the mode for good and turn the moving methods into no-ops.
+    """Wrap what takes a device, on every thread, and turn the moving methods into no-ops.
 
-    The mode reaches the installing thread only; the host names devices nowhere else.
+    A mode that sees every call of torch would need no lists, and costs the host a lot: it reads
+    attributes of tensors all the time, and each reading is such a call.
     """
     tensor: Any = torch.Tensor
     module: Any = torch.nn.Module
@@ -87,4 +91,17 @@ def install() -> None:
     tensor.cuda, tensor.pin_memory, module.cuda = _stay(), _stay(), _stay()
     tensor.record_stream = always(None)
     tensor.is_cuda = property(lambda self: True)
-    _mode.__enter__()
+    for name in _METHODS.split():
+        setattr(tensor, name, _cuda_means_cpu(getattr(tensor, name)))
+    # Torch makes this set once, so its own modes (`with torch.device(...)`) go on knowing what
+    # stands behind the wrappers.
+    makers = _device_constructors() | {getattr(torch, name) for name in _LIKE.split()}
+    known = {id(maker) for maker in makers}
+    scripts: Any = _builtins
+    for home in (torch, torch.fft, torch.nested):
+        for name, function in list(vars(home).items()):
+            if id(function) in known:
+                wrapper = _cuda_means_cpu(function)
+                setattr(home, name, wrapper)
+                # Scripts that name it are compiled to the operator, as before.
+                scripts._register_builtin(wrapper, scripts._find_builtin(function))

@@ -1,12 +1,13 @@
-"""One runner for the whole suite: starting processes is the cost, so runs are shared."""
+"""One scratch folder for the whole suite: starting processes is the cost, so runs are shared."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .harness import ROOT, Run, Runner
+from .harness import ROOT, TORCHRUN, Run, Runner, once
 
 LONGEST = 179
 """Iterations of the longest run; the reference that others are compared with has as many."""
@@ -14,24 +15,39 @@ LONGEST = 179
 
 @pytest.fixture(scope="session")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    scratch = tmp_path_factory.mktemp("equivalence")
+    base = tmp_path_factory.getbasetemp()
+    # A worker of pytest-xdist has a folder of its own in that of the session.
+    scratch = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "equivalence"
+    scratch.mkdir(exist_ok=True)
     prefix = scratch / "stdlib"
+    once(scratch / "stdlib.made", lambda: _make_corpus(prefix))
+    return Runner(scratch, str(prefix))
+
+
+def _make_corpus(prefix: Path) -> int:
     corpus = ROOT / "launch" / "demo" / "corpus.py"
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "MOETION_PLATFORM": "cpu"}
     command = [sys.executable, "-W", "ignore", str(corpus), "--output", str(prefix)]
-    subprocess.run(command, cwd=ROOT, check=True, env=env)
-    return Runner(scratch, str(prefix))
+    return subprocess.run(command, cwd=ROOT, check=True, env=env).returncode
 
 
 @pytest.fixture(scope="session")
 def off(runner: Runner) -> Run:
     # The reference has nothing of ours but the digest row, not even the launcher.
-    run = runner.run("off", iterations=LONGEST, launcher="torch.distributed.run")
+    run = runner.run("off", iterations=LONGEST, launcher=TORCHRUN)
     assert run.code == 0, run.tail()
     return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(item.fspath).parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.multirank)
+    """Marks these tests and puts them first, as they take longest.
+
+    One makes the reference; what needs none fills the other process meanwhile.
+    """
+    ours = [item for item in items if Path(item.fspath).parent == Path(__file__).parent]
+    for item in ours:
+        item.add_marker(pytest.mark.multirank)
+    with_reference = [item for item in ours if "off" in item.fixturenames]
+    alone = [item for item in ours if item not in with_reference]
+    others = [item for item in items if item not in ours]
+    items[:] = [*with_reference[:1], *alone, *with_reference[1:], *others]

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from launch.demo.model_args import model_args
 from megatron_moetion import digest, events
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
+TORCHRUN = "torch.distributed.run"
 LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
     r".*?(lm loss: .*?nan iterations: +\d+)"
@@ -67,12 +70,25 @@ class Run:
         return f"exit code {self.code}\n" + "\n".join(self.log.splitlines()[-40:])
 
 
+def once(outcome: Path, make: Callable[[], object]) -> str:
+    """What `make` came to, in words, for whoever came first: here or in another test process.
+
+    Args:
+        outcome: where that is kept; written last, so that what was made is complete by then.
+    """
+    with FileLock(f"{outcome}.lock"):
+        if not outcome.exists():
+            outcome.write_text(str(make()))
+        return outcome.read_text()
+
+
 class Runner:
-    """Starts runs one after the other; a run with the same name is run once."""
+    """Starts runs one after the other; a run with the same name is run once by all the runners that
+    share a scratch folder.
+    """
 
     def __init__(self, scratch: Path, data_prefix: str) -> None:
         self._scratch, self._data_prefix = scratch, data_prefix
-        self._done: dict[str, Run] = {}
 
     def run(
         self,
@@ -99,8 +115,6 @@ class Runner:
                 are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
         """
-        if name in self._done:
-            return self._done[name]
         directory = self._scratch / name
         words = model_args(
             variant, train_iters=iterations, data_prefix=self._data_prefix, **(model or {})
@@ -111,25 +125,17 @@ class Runner:
         words += ["--lr-decay-iters", "400", "--eval-iters", "0"]
         words += ["--moetion-digest-interval", "1", "--moetion-dir", str(directory), *flags]
         words = [word for word in words if word not in without]
-        directory.mkdir(parents=True, exist_ok=True)
         program = [*launcher_flags, str(script), *words]
-        (directory / "log").touch()
-        meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
-        if meddling is not None:
-            meddling.start()
         agents = list(workers_of_node or [4 // nodes] * nodes)
         environments = [
             _environment({**({} if workers_of_node is None else domain(node)), **(env or {})})
             for node in range(len(agents))
         ]
-        code = _launch(launcher, agents, program, environments, directory / "log")
-        if meddling is not None:
-            for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
-                with file.open("a") as log:
-                    log.write(OVER)
-            meddling.join()
-        self._done[name] = Run(directory, code, (directory / "log").read_text())
-        return self._done[name]
+        code = once(
+            self._scratch / f"{name}.code",
+            lambda: _train(launcher, agents, program, environments, directory, meddle),
+        )
+        return Run(directory, int(code), (directory / "log").read_text())
 
     def off(self, name: str, **options: Any) -> Run:
         """Trains without protection: only the digest row."""
@@ -139,6 +145,29 @@ class Runner:
 def domain(node: int) -> dict[str, str]:
     """A failure domain of its own for an agent on this host."""
     return {"MOETION_FAILURE_DOMAIN": f"rack-{node}"}
+
+
+def _train(
+    launcher: str,
+    agents: Sequence[int],
+    program: list[str],
+    environments: Sequence[dict[str, str]],
+    directory: Path,
+    meddle: Callable[[Path], None] | None,
+) -> int:
+    """Runs the launchers and whoever meddles; the exit code."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "log").touch()
+    meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
+    if meddling is not None:
+        meddling.start()
+    code = _launch(launcher, agents, program, environments, directory / "log")
+    if meddling is not None:
+        for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
+            with file.open("a") as log:
+                log.write(OVER)
+        meddling.join()
+    return code
 
 
 def _launch(
@@ -159,11 +188,10 @@ def _launch(
     shared = {}
     if len(agents) > 1:
         shared["MOETION_SECRET"] = secrets.token_hex(16)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command += ["--nnodes", str(len(agents)), "--master-addr", "127.0.0.1"]
-        command += ["--master-port", str(port)]
+    if len(agents) > 1 or launcher == TORCHRUN:
+        # By itself torchrun takes the same port for every job.
+        command += ["--master-port", str(free_port())]
     commands = [
         [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
         for node, count in enumerate(agents)

@@ -14,7 +14,7 @@ import pytest
 from megatron_moetion import events
 from megatron_moetion.vault.spill import FOLDER, iteration_of
 
-from .harness import Run, Runner, assert_same_bits, assert_within_claim, follow
+from .harness import TORCHRUN, Run, Runner, assert_same_bits, assert_within_claim, follow
 
 SPILLS = ["--moetion", "--moetion-window", "3", "--moetion-spill-interval", "2"]
 """A spill every 6 iterations."""
@@ -156,7 +156,7 @@ def test_an_export_is_an_ordinary_checkpoint(runner: Runner, off: Run, killed: R
         "megatron-alone",
         iterations=ITERATIONS,
         flags=["--load", str(checkpoint)],
-        launcher="torch.distributed.run",
+        launcher=TORCHRUN,
     )
     assert alone.code == 0, alone.tail()
     expected = {key: v for key, v in off.records.items() if 12 < key[0] <= ITERATIONS}

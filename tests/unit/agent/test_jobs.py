@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 from megatron_moetion.agent.gate import MAX_WAITING
 from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
+from tests.ports import free_port
 
 pytestmark = pytest.mark.multirank
 
@@ -70,12 +71,6 @@ def finish(processes: list[subprocess.Popen[str]], directory: Path) -> Outcome:
 def protected(directory: Path, *deaths: str, iterations: int = 10) -> list[str]:
     script = ["--moetion", "--moetion-dir", str(directory), "--iterations", str(iterations)]
     return script + [word for death in deaths for word in ("--die", death)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def assert_trained_to_the_end(outcome: Outcome, world_size: int, iterations: int = 10) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -67,13 +68,17 @@ def test_a_missing_command_says_so(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_death_is_seen_within_milliseconds(pipe: tuple[int, int]) -> None:
     read, write = pipe
-    child = start(WAIT, write)
-    os.read(read, 10)
-    killed = time.monotonic()
-    os.kill(child.pid, signal.SIGKILL)
-    wait_for_end(child)
-    assert time.monotonic() - killed < 0.1
-    supervision.reap(child)
+    taken = []
+    for _ in range(5):
+        child = start(WAIT, write)
+        os.read(read, 10)
+        killed = time.monotonic()
+        os.kill(child.pid, signal.SIGKILL)
+        wait_for_end(child)
+        taken.append(time.monotonic() - killed)
+        supervision.reap(child)
+    # The cores may be taken by another test at one of these moments.
+    assert median(taken) < 0.1, taken
 
 
 def test_what_a_worker_left_behind_is_killed_when_it_is_reaped(pipe: tuple[int, int]) -> None:
