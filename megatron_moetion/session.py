@@ -93,6 +93,7 @@ class Session:
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         self._began: tuple[int, float] | None = None
+        steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
 
     @property

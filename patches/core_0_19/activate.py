@@ -26,7 +26,8 @@ def activate(args: Namespace, config: Config) -> None:
             "--moetion-spill-interval needs the agents of moetion-run: start the job with "
             "moetion-run, or drop the flag"
         )
-    most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3 + config.split
+    parts = 0 if config.split == "auto" else config.split
+    most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3 + parts
     if config.window_size > most:
         activation.refuse(
             f"--moetion-window {config.window_size} is larger than the {most} operators and parts "
