@@ -94,7 +94,9 @@ def test_what_was_overheard_opens_nothing(made: list[AgentsHere]) -> None:
     assert is_served(agents)
 
 
-@pytest.mark.parametrize("said", [b"", knock(SECRET)[: KNOCK_BYTES // 2]])
+@pytest.mark.parametrize(
+    "said", [b"", knock(SECRET)[: KNOCK_BYTES // 2]], ids=["nothing", "half a knock"]
+)
 def test_silence_and_half_a_message_are_ended_in_time(made: list[AgentsHere], said: bytes) -> None:
     made.append(agents := AgentsHere(1, patience=SHORT))
     with connect(agents, said) as stranger:

@@ -66,7 +66,7 @@ def test_a_failure_in_any_phase_goes_back_to_planning(phase: Phase) -> None:
     assert machine_in(phase).take(Step.FAILED) is Phase.PLANNING
 
 
-@pytest.mark.parametrize("phase", FINAL)
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase in FINAL])
 def test_nothing_leaves_a_final_phase(phase: Phase) -> None:
     assert not [step for before, step in TRANSITIONS if before is phase]
 
