@@ -82,7 +82,7 @@ def test_digests_work_without_protection() -> None:
         (["--moetion-window"], "--moetion-window: expected one argument"),
         (["--moetion-window", "-2"], "--moetion-window '-2': give 'auto' or a whole number"),
         (["--moetion-window", "4.5"], "--moetion-window '4.5': give 'auto' or a whole number"),
-        (["--moetion-window-policy", "sliding"], "give 'rolling' or 'tumbling'"),
+        (["--moetion-window-policy", "sliding"], "give 'auto', 'rolling' or 'tumbling'"),
         (["--moetion-digest-interval", "often"], "give a whole number of at least 0"),
         (["--moetion-timeout", "0"], "give seconds, at least 1"),
         (["--moetion-timeout", "nan"], "give seconds, at least 1"),

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.operators import Kind
 from megatron_moetion.parts import Part, complete
-from megatron_moetion.schedule import FramePlan, Unit, WindowPolicy, generate, order
+from megatron_moetion.schedule import (
+    FramePlan,
+    Schedule,
+    Timeline,
+    Unit,
+    WindowPolicy,
+    generate,
+    order,
+)
 
 FAST = settings(max_examples=60, deadline=None)
 SPLITS = st.integers(0, 12)
@@ -138,3 +149,127 @@ def test_a_large_operator_is_captured_over_several_frames_and_is_light_until_its
 @pytest.mark.parametrize(("policy", "kept"), [("rolling", 6), ("tumbling", 10)])
 def test_two_frames_more_than_a_base_needs_are_kept(policy: str, kept: int) -> None:
     assert generate([], 4, WindowPolicy(policy)).frames_kept == kept
+
+
+EXPERTS = [f"o{i:02}" for i in range(12)]
+
+
+def with_experts(window: int, policy: WindowPolicy = WindowPolicy.ROLLING) -> Schedule:
+    units = [Unit(name, Kind.EXPERT, 100) for name in EXPERTS]
+    units += [Unit("rest", Kind.LAYER, 250), Unit("router", Kind.ROUTER, 10)]
+    return generate(order(units), window, policy, reorders=True)
+
+
+@FAST
+@given(st.integers(1, 9), st.lists(st.permutations(EXPERTS), min_size=1, max_size=5))
+def test_over_any_new_orders_one_frame_more_than_a_window_is_complete(
+    window: int, wanted: list[list[str]]
+) -> None:
+    schedules = [with_experts(window)]
+    for experts in wanted:
+        last = schedules[-1]
+        schedules.append(last.reordered(experts, last.first + window))
+    frames = [frame for s in schedules for frame in map(s.frame_of_slot, range(window))]
+    everything = {*EXPERTS, "rest", "router"}
+    for start in range(len(frames) - window):
+        stretch = frames[start : start + window + 1]
+        assert complete(part for frame in stretch for part in frame.full) == everything
+    for before, after in zip(schedules, schedules[1:], strict=False):
+        assert [len(parts) for parts in before.slots] == [len(parts) for parts in after.slots]
+        fixed = [[p if p.operator not in EXPERTS else None for p in parts] for parts in after.slots]
+        assert fixed == [
+            [p if p.operator not in EXPERTS else None for p in parts] for parts in before.slots
+        ]
+
+
+@FAST
+@given(st.integers(1, 9), st.permutations(EXPERTS))
+def test_an_order_that_is_wanted_at_every_edge_is_reached(window: int, wanted: list[str]) -> None:
+    schedule = with_experts(window)
+    for _ in range(window):
+        schedule = schedule.reordered(wanted, schedule.first + window)
+    found = [part.operator for parts in schedule.slots for part in parts]
+    slots = {part.operator: k for k, parts in enumerate(schedule.slots) for part in parts}
+    assert [slots[name] for name in wanted] == sorted(slots[name] for name in EXPERTS)
+    assert sorted(found) == sorted([*EXPERTS, "rest", "router"])
+
+
+CHANGES = st.lists(
+    st.tuples(st.integers(1, 6), st.sampled_from(list(WindowPolicy)), st.booleans()),
+    min_size=2,
+    max_size=5,
+)
+
+
+@FAST
+@given(CHANGES, st.booleans(), st.randoms())
+def test_whatever_changes_a_complete_base_is_kept_at_any_instant(
+    changes: list[tuple[int, WindowPolicy, bool]], copies: bool, chance: st.DataObject
+) -> None:
+    (window, policy, _), *later = changes
+    timeline = Timeline([with_experts(window, policy)], copies)
+    iteration = 0
+    everything = {*EXPERTS, "rest", "router"}
+    captured = {0: timeline.newest.dense}
+    for window, policy, reordered in later:
+        for _ in range(40):
+            iteration += 1
+            timeline.forget(iteration)
+            kept = [i for i in captured if i >= timeline.oldest(iteration)]
+            captured = {i: captured[i] for i in kept}
+            # What a peer may lack: the frame of the iteration before.
+            for last in (iteration - 1, iteration - 2) if iteration > 1 else (0,):
+                assert any(dense(captured, base, last, everything) for base in kept), iteration
+            schedule = timeline.at(iteration)
+            captured[iteration] = schedule.frame(iteration)
+            if schedule.closes_at(iteration) and reordered:
+                experts = list(EXPERTS)
+                chance.shuffle(experts)  # type: ignore[attr-defined]  # a Random
+                timeline.change(schedule.reordered(experts, iteration + 1))
+        while not (schedule.closes_at(iteration) and timeline.steady):
+            iteration += 1
+            timeline.forget(iteration)
+            schedule = timeline.at(iteration)
+            captured[iteration] = schedule.frame(iteration)
+        timeline.change(replace(with_experts(window, policy), first=iteration + 1))
+
+
+def dense(
+    frames: dict[int, FramePlan], base: int, last: int, everything: set[str]
+) -> bool:
+    """Whether a reconstruction from `base` becomes dense by `last`."""
+    parts: set[Part] = set()
+    for iteration in range(base, last + 1):
+        if iteration not in frames:
+            return False
+        parts |= set(frames[iteration].full)
+        rest = everything - complete(parts)
+        if not rest:
+            return True
+        if rest - set(frames[iteration].light):
+            return False
+    return False
+
+
+def test_windows_are_numbered_through_all_changes() -> None:
+    timeline = Timeline([with_experts(3)], False)
+    timeline.change(replace(with_experts(2), first=7))
+    timeline.change(timeline.newest.reordered(EXPERTS[::-1], 11))
+    edges = [i for i in range(1, 15) if timeline.at(i).closes_at(i)]
+    assert edges == [3, 6, 8, 10, 12, 14]
+    assert [timeline.at(i).number(i) for i in edges] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_timeline_survives_its_json_form() -> None:
+    timeline = Timeline([with_experts(3)], True)
+    timeline.change(replace(with_experts(2, WindowPolicy.TUMBLING), first=7))
+    rows = json.loads(json.dumps(timeline.to_json()))
+    again = Timeline([Schedule.from_json(row) for row in rows], True)
+    assert again.schedules == timeline.schedules
+
+
+def test_what_an_abort_made_undone_is_taken_back() -> None:
+    timeline = Timeline([with_experts(3)], False)
+    timeline.change(replace(with_experts(2), first=4))
+    timeline.keep(3)
+    assert timeline.newest == with_experts(3)
