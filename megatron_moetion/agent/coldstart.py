@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.membership import KeyValues, Members, all_have_read
 from megatron_moetion.recovery.plan import Position, Progress
 from megatron_moetion.vault import spill
 from megatron_moetion.vault.spill import DamagedSpill, Record
@@ -19,16 +19,6 @@ MAX_TOLD = 3
 """Differences that a refusal names."""
 Share = Callable[[str, Any], list[Any]]
 """Tells every node a JSON value under a topic; returns what all nodes said, by node rank."""
-
-
-class KeyValues(Protocol):
-    """The part of torch's store that is needed."""
-
-    def set(self, key: str, value: str) -> None:
-        """Put a value where every node finds it."""
-
-    def get(self, key: str) -> bytes:
-        """Wait for a value."""
 
 
 class SpillDoesNotFit(RuntimeError):
@@ -41,7 +31,9 @@ def share_over(store: KeyValues, members: Members) -> Share:
     def share(topic: str, value: Any) -> list[Any]:
         key = f"moetion/cold/{topic}"
         store.set(f"{key}/{members.own.node_rank}", json.dumps(value))
-        return [json.loads(store.get(f"{key}/{node.node_rank}")) for node in members.nodes]
+        said = [json.loads(store.get(f"{key}/{node.node_rank}")) for node in members.nodes]
+        all_have_read(store, key, members.own.node_rank, len(members.nodes))
+        return said
 
     return share
 

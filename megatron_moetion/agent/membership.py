@@ -7,6 +7,7 @@ import secrets
 import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Protocol
 
 from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not in its stubs
     DistNetworkError,
@@ -104,6 +105,28 @@ class Rendezvous:
     domain: str = ""
 
 
+class KeyValues(Protocol):
+    """The part of torch's store that is needed."""
+
+    def set(self, key: str, value: str) -> None:
+        """Put a value where every node finds it."""
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value."""
+
+
+def all_have_read(store: KeyValues, topic: str, own_node_rank: int, num_nodes: int) -> None:
+    """To be called by every node once it has read what all wrote about a topic.
+
+    Node 0 hosts the store. What was read may be a reason to refuse the job, and node 0 must not
+    end, and the store with it, before the last node has read it too.
+    """
+    store.set(f"{topic}/read/{own_node_rank}", "")
+    if own_node_rank == 0:
+        for node_rank in range(num_nodes):
+            store.get(f"{topic}/read/{node_rank}")
+
+
 def open_store(rendezvous: Rendezvous) -> TCPStore:
     """Host the job's store on node 0, connect to it elsewhere.
 
@@ -178,4 +201,9 @@ def meet(rendezvous: Rendezvous, num_workers: int) -> Meeting:
             ) from None
         nodes.append(Member(**{**found, "first_global_rank": first_global_rank}))
         first_global_rank += nodes[-1].num_workers
-    return Meeting(store, listener, Members(tuple(nodes), own), store.get("moetion/run").decode())
+    run_id = store.get("moetion/run").decode()
+    try:
+        all_have_read(store, "moetion/agent", own, rendezvous.num_nodes)
+    except DistStoreError:
+        raise MembershipError("a node left before the job began; see what it printed") from None
+    return Meeting(store, listener, Members(tuple(nodes), own), run_id)

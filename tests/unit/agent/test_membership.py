@@ -1,0 +1,48 @@
+"""How the agents of a job find each other."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from megatron_moetion.agent.membership import Member, MembershipError, Rendezvous, meet
+from tests.ports import free_port
+
+TIMEOUT = timedelta(seconds=20)
+
+
+def rendezvous(port: int, node_rank: int = 0, timeout: timedelta = TIMEOUT) -> Rendezvous:
+    return Rendezvous(2, node_rank, "127.0.0.1", port, timeout, f"host{node_rank}")
+
+
+def test_all_nodes_find_the_same_members() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as nodes:
+        meetings = list(nodes.map(lambda rank: meet(rendezvous(port, rank), 2 + rank), (0, 1)))
+    assert meetings[0].run_id == meetings[1].run_id
+    assert meetings[0].members.nodes == meetings[1].members.nodes
+    assert meetings[1].members.own.global_ranks == (2, 3, 4)
+    for meeting in meetings:
+        meeting.listener.close()
+
+
+def test_the_store_stays_until_the_last_node_has_read_who_is_there() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as hosting:
+        first = hosting.submit(meet, rendezvous(port), 1)
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+        store.set("moetion/agent/1", json.dumps(asdict(Member(1, "127.0.0.1", 1, 1))))
+        store.wait(["moetion/agent/read/0"])
+        assert not first.done()
+        store.set("moetion/agent/read/1", "")
+        first.result().listener.close()
+
+
+def test_a_node_that_does_not_appear_is_named() -> None:
+    with pytest.raises(MembershipError, match=r"node 1 of 2 did not appear within 0\.2 s"):
+        meet(rendezvous(free_port(), timeout=timedelta(seconds=0.2)), 1)
