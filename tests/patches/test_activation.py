@@ -66,7 +66,10 @@ def test_undo_puts_back_the_very_objects(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("unknown value", "--moetion-window-policy 'sliding': give 'auto', 'rolling' or 'tumbling'"),
+        (
+            "unknown value",
+            "--moetion-window-policy 'sliding': give 'auto', 'rolling' or 'tumbling'",
+        ),
         ("unknown flag", "unknown flag --moetion-widow: did you mean --moetion-window?"),
         ("replicas", "--moetion-replicas 1 needs at least 2 nodes"),
         ("fault", "place 'lunch' is none of start, forward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -174,7 +175,7 @@ def test_over_any_new_orders_one_frame_more_than_a_window_is_complete(
     for start in range(len(frames) - window):
         stretch = frames[start : start + window + 1]
         assert complete(part for frame in stretch for part in frame.full) == everything
-    for before, after in zip(schedules, schedules[1:], strict=False):
+    for before, after in itertools.pairwise(schedules):
         assert [len(parts) for parts in before.slots] == [len(parts) for parts in after.slots]
         fixed = [[p if p.operator not in EXPERTS else None for p in parts] for parts in after.slots]
         assert fixed == [
@@ -234,9 +235,7 @@ def test_whatever_changes_a_complete_base_is_kept_at_any_instant(
         timeline.change(replace(with_experts(window, policy), first=iteration + 1))
 
 
-def dense(
-    frames: dict[int, FramePlan], base: int, last: int, everything: set[str]
-) -> bool:
+def dense(frames: dict[int, FramePlan], base: int, last: int, everything: set[str]) -> bool:
     """Whether a reconstruction from `base` becomes dense by `last`."""
     parts: set[Part] = set()
     for iteration in range(base, last + 1):

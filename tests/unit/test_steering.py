@@ -53,7 +53,8 @@ def operator(name: str, kind: Kind, numel: int) -> Operator:
     main = torch.empty(numel, device="meta")
     light = torch.empty(numel, dtype=torch.bfloat16, device="meta")
     param = torch.nn.Parameter(light)
-    return Operator(name, kind, [ParamState(name, param, light, main, StateAccess({}, main))], numel)
+    state = ParamState(name, param, light, main, StateAccess({}, main))
+    return Operator(name, kind, [state], numel)
 
 
 def steering(routing: bool = True, **flags: Any) -> Steering:
