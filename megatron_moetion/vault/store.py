@@ -233,6 +233,10 @@ class VaultStore:
             self._free_for_copies.clear()
             self._index.clear()
 
+    def __del__(self) -> None:
+        # The descriptors of one that nobody holds any more are counted against its process.
+        self.close()
+
     def _drop(self, global_rank: int) -> None:
         index = self._index.get(global_rank, {})
         below, pinned = self._below.get(global_rank, 0), self._pinned.get(global_rank, range(0))

@@ -86,7 +86,9 @@ def take(
         members, store = Members(nodes, node_rank), VaultStore()
         share = share_over(board, members)
         record = ColdStart(roots[node_rank], members, share, checkpoint).take(store)
-        return record, [e.key for e in store.inventory(LAYOUT[node_rank][0], "frame/")]
+        keys = [e.key for e in store.inventory(LAYOUT[node_rank][0], "frame/")]
+        store.close()
+        return record, keys
 
     with ThreadPoolExecutor(len(nodes)) as pool:
         return list(pool.map(run, range(len(nodes))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from megatron_moetion.agent.gate import MAX_WAITING
 from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
 from tests.ports import free_port
+from tests.waiting import readable
 
 pytestmark = pytest.mark.multirank
 
@@ -265,6 +265,6 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([pidfd], [], [], 10)[0])
+        return readable(pidfd, 10)
     finally:
         os.close(pidfd)

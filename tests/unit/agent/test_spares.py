@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from megatron_moetion.agent import supervision
 from megatron_moetion.agent.spare import PREIMPORT
 from megatron_moetion.agent.spares import Assignment, Heard, Spare
 from megatron_moetion.agent.supervision import Child
+from tests.waiting import readable
 
 SCRIPT = """
 import os, random, signal, sys
@@ -60,7 +60,7 @@ class Scene:
         return Assignment(who, False, (str(self.folder / "script.py"), *args), env)
 
     def hear(self, spare: Spare) -> Heard:
-        assert select.select([spare.socket], [], [], 60)[0]
+        assert readable(spare.socket, 60)
         heard = spare.hear()
         self.children += heard.born.values()
         return heard
@@ -84,7 +84,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def await_end(child: Child) -> None:
-    assert select.select([child.pidfd], [], [], 60)[0]
+    assert readable(child.pidfd, 60)
 
 
 def ended(child: Child) -> int:

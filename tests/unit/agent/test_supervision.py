@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from megatron_moetion.agent import supervision
 from megatron_moetion.agent.supervision import Child
+from tests.waiting import readable
 
 QUIET = [sys.executable, "-S", "-c"]
 WAIT = "import signal; print('up', flush=True); signal.pause()"
@@ -37,7 +37,7 @@ def pipe():
 
 
 def wait_for_end(child: Child) -> None:
-    assert select.select([child.pidfd], [], [], 30)[0]
+    assert readable(child.pidfd, 30)
 
 
 def test_the_command_keeps_the_pid_and_gets_the_environment(pipe: tuple[int, int]) -> None:
@@ -91,7 +91,7 @@ def test_what_a_worker_left_behind_is_killed_when_it_is_reaped(pipe: tuple[int, 
     wait_for_end(child)
     pidfd = os.pidfd_open(pid)
     supervision.reap(child)
-    assert select.select([pidfd], [], [], 30)[0]
+    assert readable(pidfd, 30)
     os.close(pidfd)
 
 
@@ -126,5 +126,5 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     pidfd = os.pidfd_open(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
-    assert select.select([pidfd], [], [], 30)[0]
+    assert readable(pidfd, 30)
     os.close(pidfd)
