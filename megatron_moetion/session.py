@@ -65,8 +65,7 @@ class Session:
     """Protects the training steps of one worker.
 
     Two threads meet here: training, and the listener of the agent's notices. `_lock` guards the
-        position and the
-    freeze: a commit point is passed either before a freeze or not at all.
+    position and the freeze: a commit point is passed either before a freeze or not at all.
     """
 
     def __init__(self, job: Job, topology: Topology, host: Host, steering: Steering) -> None:

@@ -196,11 +196,15 @@ class Steering:
         rates = self.pace.rates()
         # One that cannot change says so by a ceiling of 0.
         wanted = rates is not None and (self._chosen_at is None or self._chosen_at.drifted(rates))
-        asked = torch.tensor([float(wanted), -float(self.ceiling)], device=self._device)
-        agree.all_reduce(asked, dist.ReduceOp.MAX)
-        self.ceiling = int(-asked[1].item())
         # A second change would need frames of three kinds at the same time.
-        if not asked[0].item() or not self.ceiling or not self.timeline.steady:
+        changing = not self.timeline.steady
+        asked = torch.tensor(
+            [float(wanted), float(changing), -float(self.ceiling)], device=self._device
+        )
+        agree.all_reduce(asked, dist.ReduceOp.MAX)
+        anybody_wants, anybody_changes, least = asked.tolist()
+        self.ceiling = int(-least)
+        if not anybody_wants or anybody_changes or not self.ceiling:
             return None
         self._chosen_at = rates
         fits = self._exchange(self._fits(rates), agree)
@@ -241,6 +245,9 @@ class Steering:
         assert self.options.measure is not None
         assert self._routing is not None
         schedule = self.timeline.at(iteration)
+        if schedule.window == 1:
+            # One frame holds everything, in whatever order.
+            return
         span = range(iteration - schedule.window + 1, iteration + 1)
         nothing = torch.zeros(self._routing.shape, device=self._device)
         loads = torch.stack([self._loads.get(i, nothing) for i in span])

@@ -271,8 +271,9 @@ def _row(name: str, values: Sequence[int]) -> str:
 
 
 def mib(nbytes: float) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 2**20:.0f} MiB"
+    """Bytes for people: a small model's are fractions."""
+    size = nbytes / 2**20
+    return f"{size:.0f} MiB" if size >= 1 or not size else f"{size:.2f} MiB"
 
 
 def free_bytes(root: Path = Path("/")) -> int:

@@ -13,8 +13,9 @@ from megatron_moetion.config import Config
 FLAGS = {
     "--moetion": "",
     "--moetion-window": "auto|N",
-    "--moetion-window-policy": "rolling|tumbling",
-    "--moetion-split": "N",
+    "--moetion-window-policy": "auto|rolling|tumbling",
+    "--moetion-split": "auto|N",
+    "--moetion-popularity": "hard-count|soft-count|time-decayed|capacity-aware|none",
     "--moetion-replicas": "auto|N",
     "--moetion-same-domain": "",
     "--moetion-dir": "DIR",

@@ -20,6 +20,7 @@ FLAGS = [
     "--moetion-window",
     "--moetion-window-policy",
     "--moetion-split",
+    "--moetion-popularity",
     "--moetion-replicas",
     "--moetion-same-domain",
     "--moetion-dir",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil, inf
@@ -17,7 +16,9 @@ from launch.bench.policies import replays
 from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess
 from megatron_moetion.schedule import Unit, WindowPolicy, generate, order
 from megatron_moetion.window import (
+    ENOUGH,
     FINENESS,
+    ROW,
     Fit,
     Pace,
     Rates,
@@ -195,18 +196,22 @@ def test_a_choice_is_news_once() -> None:
 
 
 @pytest.mark.parametrize("replicated", [3.0, inf])
-def test_a_fit_survives_its_json_form(replicated: float) -> None:
-    found = replace(some_fit(TUMBLING, 4, split=16), rates=Rates(1.5, 2.5, replicated))
-    assert Fit.from_json(json.loads(json.dumps(found.to_json()))) == found
+def test_a_fit_survives_its_way_to_other_ranks(replicated: float) -> None:
+    found = replace(some_fit(TUMBLING, 1, split=16), rates=Rates(1.5, 2.5, replicated))
+    row = torch.tensor(found.to_row(), dtype=torch.float64)
+    assert len(row) == ROW
+    assert Fit.from_row(row.tolist()) == found
 
 
 def test_medians_are_over_the_newest_measurements() -> None:
-    pace = Pace(size=3)
-    assert pace.rates() is None
-    for seconds in (9.0, 9.0, 1.0, 50.0, 2.0):
-        pace.iterated(seconds)
-    assert pace.rates() is None
+    pace = Pace(size=ENOUGH)
     pace.copied(100, 2.0)
+    for seconds in [9.0] * ENOUGH:
+        assert pace.rates() is None
+        pace.iterated(seconds)
+    assert pace.rates() == Rates(9.0, 50.0, inf)
+    for seconds in [1.0] * (ENOUGH // 2 - 1) + [50.0, 2.0, 2.0] + [50.0] * (ENOUGH // 2 - 2):
+        pace.iterated(seconds)
     assert pace.rates() == Rates(2.0, 50.0, inf)
     pace.replicated(30, 1.0)
     pace.replicated(10, 1.0)

@@ -83,11 +83,11 @@ def test_a_report_that_cannot_be_written_does_not_reach_training_either() -> Non
 
 def test_after_a_failed_seal_the_next_one_succeeds(copier: Copier) -> None:
     vault = LocalVault(0)
-    ticket = Ticket()
+    ticket = Ticket(0, 0.0)
     # Never reserved.
     copier.seal(ticket, "frame/1", lambda: vault.seal("frame/1", {}), lambda: vault.abandon("x"))
     vault.reserve("frame/2", 64)
-    ticket = Ticket()
+    ticket = Ticket(0, 0.0)
     copier.seal(ticket, "frame/2", lambda: vault.seal("frame/2", {}), nothing)
     assert ticket.wait()
     assert copier.num_failures == 1
@@ -108,7 +108,7 @@ def test_waiting_for_a_cpu_ticket_returns_at_once(copier: Copier) -> None:
 
 def test_a_cpu_copier_seals_on_the_calling_thread(copier: Copier) -> None:
     seen = []
-    ticket = Ticket()
+    ticket = Ticket(0, 0.0)
     copier.seal(ticket, "frame/1", lambda: seen.append(threading.current_thread()), nothing)
     assert seen == [threading.current_thread()]
 
@@ -132,7 +132,7 @@ def behind(monkeypatch: pytest.MonkeyPatch, failures: list[tuple[str, str]]) -> 
     LateEvent.fired = threading.Event()
     only = streams.Stream()
     monkeypatch.setattr(torch.cuda, "Stream", streams.Stream)
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: LateEvent())
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: LateEvent())
     monkeypatch.setattr(torch.cuda, "stream", streams.StreamContext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: only)
     return CudaCopier(torch.device("cpu"), lambda name, error: failures.append((name, str(error))))
