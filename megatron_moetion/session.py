@@ -379,6 +379,8 @@ class Session:
             self._abort(notice["epoch"])
         elif op == "release":
             self.job.vault.release(Span(**notice["span"]).iterations)
+        elif op == "replicated":
+            self.steering.pace.replicated(notice["nbytes"], notice["seconds"])
 
     def _on_verdict(self, epoch: int, committed: int) -> None:
         failed = self._stage_failed()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import batched, product
 from typing import Any, Protocol
 
@@ -290,9 +290,17 @@ class Steering:
     def to_state(self) -> torch.Tensor:
         """What a replacement needs to decide like its peers; uint8, for the log."""
         # Every iteration is logged with it, and it seldom changes.
-        version = (tuple(self.timeline.schedules), tuple(self._popularity.items()))
+        version = (
+            tuple(self.timeline.schedules), tuple(self._popularity.items()),
+            self._chosen_at, self._choice,
+        )  # fmt: skip
         if self._packed is None or self._packed[0] != version:
-            fields = {"schedules": self.timeline.to_json(), "popularity": self._popularity}
+            fields = {
+                "schedules": self.timeline.to_json(),
+                "popularity": self._popularity,
+                "chosen_at": self._chosen_at and asdict(self._chosen_at),
+                "choice": self._choice and asdict(self._choice),
+            }
             packed = zlib.compress(json.dumps(fields).encode())
             self._packed = (version, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
         return self._packed[1]
@@ -303,6 +311,9 @@ class Steering:
         schedules = [Schedule.from_json(each) for each in fields["schedules"]]
         self.timeline = Timeline(schedules, self._copies)
         self._popularity = fields["popularity"]
+        chosen_at, choice = fields["chosen_at"], fields["choice"]
+        self._chosen_at = chosen_at and Rates(**chosen_at)
+        self._choice = choice and Choice(**{**choice, "policy": WindowPolicy(choice["policy"])})
 
 
 def _alike(experts: Sequence[Unit]) -> list[str]:

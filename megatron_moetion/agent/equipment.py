@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_moetion.agent.claims import Claims
 from megatron_moetion.agent.copies import Copies
 from megatron_moetion.agent.counters import Counters
-from megatron_moetion.agent.items import Damaged, FromWorker, Item
+from megatron_moetion.agent.items import Damaged, FromWorker, Item, Replicated
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.peers import Peers
 from megatron_moetion.agent.replication import Replication
@@ -70,6 +70,9 @@ def assemble(
     def quarantined(global_rank: int, key: str, copy: int, reason: str) -> None:
         post(Damaged(global_rank, key, copy, reason))
 
+    def timed(global_rank: int, nbytes: int, seconds: float) -> None:
+        post(Replicated(global_rank, nbytes, seconds))
+
     def refuse(reason: str) -> None:
         post(FromWorker(own.first_global_rank, {"op": "hopeless", "reason": reason}))
 
@@ -79,7 +82,7 @@ def assemble(
     scripted = Scripted(faults, struck)
     copies = Copies(members, placement, store, counters, scripted, claimed)
     replication = Replication(
-        members, placement, store, secret, counters, log, scripted, quarantined
+        members, placement, store, secret, counters, log, scripted, quarantined, timed
     )
     claims = Claims(own.node_rank, own.global_ranks, store, replication, copies, log, refuse)
     peers = Peers(members, secret)

@@ -61,4 +61,17 @@ class Damaged:
     reason: str
 
 
-Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone | Damaged
+@dataclass(frozen=True)
+class Replicated:
+    """All copies of a frame of a local rank are there.
+
+    Attributes:
+        seconds: what the slowest of them took of the time that its owner's frames have.
+    """
+
+    global_rank: int
+    nbytes: int
+    seconds: float
+
+
+Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone | Damaged | Replicated

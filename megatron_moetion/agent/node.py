@@ -24,6 +24,7 @@ from megatron_moetion.agent.items import (
     Item,
     PeerGone,
     PeerJoined,
+    Replicated,
     WorkerSilent,
 )
 from megatron_moetion.agent.job import Job
@@ -253,6 +254,9 @@ class Node:
                     self._report_exit(item.global_rank, code)
             case Damaged():
                 self._report_damage(item)
+            case Replicated():
+                timing = {"nbytes": item.nbytes, "seconds": item.seconds}
+                self._desk.notify(item.global_rank, {"op": "replicated", **timing})
             case PeerJoined():
                 self._peers[item.node_rank] = item.channel
             case FromPeer() if self._leader is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,8 @@ REPLICATED = ("frame",)
 
 Quarantined = Callable[[int, str, int, str], None]
 """Told of a damaged copy on this node: (global rank, key, number of the copy, how)."""
+Timed = Callable[[int, int, float], None]
+"""Told how long a frame took: (global rank, bytes, seconds, see `items.Replicated`)."""
 
 
 @dataclass
@@ -47,7 +50,7 @@ class _Rank:
         before: the iteration before its first frame; None before that.
         bound: see `Replication.bound`.
         behind: the copies are further behind than that.
-        acknowledged: numbers of the copies that there are, by key of the frame.
+        acknowledged: seconds that each copy took, by key of the frame and number of the copy.
     """
 
     sealed: int = -1
@@ -55,7 +58,7 @@ class _Rank:
     before: int | None = None
     bound: int | None = None
     behind: bool = False
-    acknowledged: dict[str, set[int]] = field(default_factory=dict)
+    acknowledged: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 class Replication:
@@ -70,6 +73,7 @@ class Replication:
         log: for events.
         faults: scripted damage of the owner's own copy.
         quarantined: told when a frame turns out to be damaged before it is sent.
+        timed: told of every frame that has become durable.
     """
 
     def __init__(
@@ -82,15 +86,18 @@ class Replication:
         log: EventLog,
         faults: Scripted,
         quarantined: Quarantined,
+        timed: Timed,
     ) -> None:
         self._store, self._counters, self._log = store, counters, log
-        self._faults, self._quarantined = faults, quarantined
+        self._faults, self._quarantined, self._timed = faults, quarantined, timed
         self._first_rank = members.own.first_global_rank
         self._num_copies = placement.num_copies
         self._stopped = False
         self._lock = threading.Lock()
         self._ranks = {rank: _Rank() for rank in members.own.global_ranks}
         num_streams = min(MAX_STREAMS, members.own.num_workers)
+        # Ranks that share a stream take turns in it.
+        self._ranks_per_stream = members.own.num_workers / num_streams
         self._streams = [
             [_Stream(self, members, members.nodes[node], copy, secret) for _ in range(num_streams)]
             for copy, node in enumerate(placement.holders[members.own_node_rank], 1)
@@ -127,7 +134,7 @@ class Replication:
             rank = self._ranks[global_rank]
             rank.sealed = max(rank.sealed, iteration)
             rank.before = iteration - 1 if rank.before is None else rank.before
-            rank.acknowledged[entry.key] = set()
+            rank.acknowledged[entry.key] = {}
         self._put(Sealed(global_rank, entry))
         self._measure(global_rank)
 
@@ -170,8 +177,8 @@ class Replication:
             return None
         return found[1] if found is not None and found[0] is item.entry else None
 
-    def acknowledge(self, item: Sealed, copy: int) -> None:
-        """A holder has the frame, checked."""
+    def acknowledge(self, item: Sealed, copy: int, seconds: float) -> None:
+        """A holder has the frame, checked, so many seconds after its turn had come."""
         self._counters.add("copied frames")
         self._counters.add("copied bytes", item.entry.nbytes)
         iteration = split_key(item.entry.key)[1]
@@ -180,11 +187,13 @@ class Replication:
             copies = rank.acknowledged.get(item.entry.key)
             if copies is None:
                 return
-            copies.add(copy)
+            copies[copy] = seconds
             if len(copies) < self._num_copies:
                 return
             rank.durable = max(rank.durable, iteration)
+            slowest = max(copies.values())
         self._counters.add("durable frames")
+        self._timed(item.global_rank, item.entry.nbytes, slowest * self._ranks_per_stream)
         flip = partial(_flip, self._store, item.global_rank, item.entry.key)
         self._faults.strike("stored", item.global_rank, iteration, 0, flip)
         self._measure(item.global_rank)
@@ -292,9 +301,10 @@ class _Stream:
             case Forgotten():
                 self._forget(channel, item.global_rank, item.key)
             case Sealed():
+                began = time.monotonic()
                 why = self._send(channel, item)
                 if why is None:
-                    self._owner.acknowledge(item, self._copy)
+                    self._owner.acknowledge(item, self._copy, time.monotonic() - began)
                     return
                 late = self.backlog.start_anew(item.global_rank)
                 self._owner.skip(item, 1 + late, why)
