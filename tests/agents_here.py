@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
 from megatron_moetion.agent.gate import Gate
-from megatron_moetion.agent.items import Damaged, FromWorker, Item
+from megatron_moetion.agent.items import Damaged, FromWorker, Item, Replicated
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.membership import BACKLOG, Member, Members
 from megatron_moetion.agent.shelf import agent_vault
@@ -57,6 +57,7 @@ class AgentsHere:
         self.links: list[AgentLink] = []
         self._changed = threading.Condition()
         self.damaged: list[tuple[int, Damaged]] = []
+        self.replicated: list[Replicated] = []
         self.granted: list[int] = []
         self.refused: list[tuple[int, str]] = []
         self.logs = [EventLog(directory, f"agent-{node}") for node in range(num_nodes)]
@@ -131,6 +132,8 @@ class AgentsHere:
         with self._changed:
             if isinstance(item, Damaged):
                 self.damaged.append((node_rank, item))
+            elif isinstance(item, Replicated):
+                self.replicated.append(item)
             elif isinstance(item, FromWorker) and item.message["op"] == "hopeless":
                 self.refused.append((node_rank, item.message["reason"]))
             self._changed.notify_all()
@@ -139,6 +142,11 @@ class AgentsHere:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.damaged) >= number, WAIT_SECONDS)
             return list(self.damaged)
+
+    def await_replicated(self, number: int) -> list[Replicated]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.replicated) >= number, WAIT_SECONDS)
+            return list(self.replicated)
 
     def close(self) -> None:
         for link in self.links:

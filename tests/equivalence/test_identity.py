@@ -2,9 +2,8 @@
 lines.
 
 PP2 x EP2 on four processes: ranks 0 and 1 are stage 0, ranks 2 and 3 the last stage. Four
-    microbatches per
-iteration, fresh data, gradient clipping, warm-up and decay. Many failures share a run, eleven
-iterations apart.
+microbatches per iteration, fresh data, gradient clipping, warm-up and decay. Many failures share a
+run, eleven iterations apart.
 """
 
 import pytest
@@ -78,6 +77,8 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
 ) -> None:
     window, failures = 4, _everywhere()
     flags = ["--moetion", "--moetion-window", str(window), "--moetion-window-policy", policy]
+    # A new order of experts would have a failure in a rolling window replay one iteration more.
+    flags += ["--moetion-popularity", "none" if policy == "rolling" else "hard-count"]
     run = runner.run(policy, iterations=BOTH_STAGES, flags=[*flags, *kills(*failures)])
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, BOTH_STAGES)
@@ -102,7 +103,8 @@ def test_overlapped_communication_is_recovered_bit_for_bit(runner: Runner, off: 
     )
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, ONE_EACH)
-    _check_recoveries(run, failures, {"else": 4})
+    # Windows begin with 4; a frame that is not sealed and a new order of experts add one each.
+    _check_recoveries(run, failures, {"else": 5})
 
 
 def test_a_run_whose_frames_do_not_fit_in_memory_is_refused_in_one_line(runner: Runner) -> None:

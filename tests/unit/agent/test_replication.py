@@ -85,6 +85,17 @@ def test_a_sealed_frame_is_copied_and_a_dropped_one_is_dropped_everywhere(make: 
     assert agents.stores[1].allocated_bytes() == used <= ROOM
 
 
+def test_how_long_a_frame_took_is_told_once_with_its_slowest_copy(make: Make) -> None:
+    agents = make("corrupt:global_rank=0,iteration=1,at=transfer,copy=2")
+    vault = agents.vault(0)
+    for iteration in (1, 2):
+        put(vault, iteration)
+    told = agents.await_replicated(2)
+    agents.await_count(0, "copied frames", 4)
+    assert [(t.global_rank, t.nbytes) for t in told] == [(0, NBYTES)] * 2
+    assert all(t.seconds > 0 for t in told)
+
+
 def test_what_is_damaged_on_its_way_is_sent_again(make: Make) -> None:
     agents = make("corrupt:global_rank=0,iteration=1,at=transfer,copy=2")
     put(agents.vault(0), 1)
