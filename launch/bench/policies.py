@@ -1,11 +1,12 @@
 """Rolling against tumbling windows: bytes, host memory and replay, from the real schedule.
 
-Usage: python -m launch.bench.policies [--write | --check] [--window W ...]
+Usage: python -m launch.bench.policies [--write | --check] [--measure] [--window W ...]
 
 Prints the table of docs/windows.md; --write puts it there, --check fails when it is not current.
-Nothing is trained or measured: the frames are those that `Schedule` asks for, their bytes those
-that the vault would hold, and the replayed iterations those of the recovery plan over the frames
-that would be sealed. The tensors have sizes and no storage.
+Nothing is trained or measured in it: the frames are those that `Schedule` asks for, their bytes
+those that the vault would hold, and the replayed iterations those of the recovery plan over the
+frames that would be sealed. The tensors have sizes and no storage. With --measure, a small model is
+trained under each schedule, too, and what the agent counted stands in a second table (minutes).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import mean
 
 import torch
 
+from launch.bench import counted
 from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position, Progress, make_plan
 from megatron_moetion.schedule import Schedule, Unit, WindowPolicy, generate, order
@@ -29,6 +31,7 @@ from megatron_moetion.window import FINENESS, price
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "windows.md"
 BEGIN, END = "<!-- table: python -m launch.bench.policies --write -->", "<!-- end of table -->"
+BEGIN_COUNTED = "<!-- table: python -m launch.bench.policies --measure --write -->"
 WINDOWS = (1, 2, 3, 4, 6, 8, 12)
 
 HIDDEN, EXPERT_HIDDEN, VOCABULARY = 2048, 1408, 102400
@@ -150,29 +153,34 @@ def table(windows: Sequence[int]) -> str:
     return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def document(text: str, new: str) -> str:
-    """The document with another table between its marks."""
-    before, _, rest = text.partition(BEGIN)
+def document(text: str, new: str, begin: str = BEGIN) -> str:
+    """The document with another table behind one of its marks."""
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    return f"{before}{begin}\n{new}\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 when --check finds another table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--window", type=int, nargs="+", default=WINDOWS, metavar="W")
+    parser.add_argument("--measure", action="store_true", help="train under each, and count")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     what.add_argument("--check", action="store_true", help="only say whether it is current")
     options = parser.parse_args(argv)
     new = table(options.window)
-    if options.write:
-        DOCUMENT.write_text(document(DOCUMENT.read_text(), new))
-    elif options.check:
+    if options.check:
         text = DOCUMENT.read_text()
         return int(document(text, new) != text)
-    else:
-        print(new)
+    tables = {BEGIN: new}
+    if options.measure:
+        tables[BEGIN_COUNTED] = counted.table(options.window)
+    for begin, lines in tables.items():
+        if options.write:
+            DOCUMENT.write_text(document(DOCUMENT.read_text(), lines, begin))
+        else:
+            print(f"{lines}\n")
     return 0
 
 

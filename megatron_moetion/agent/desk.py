@@ -24,7 +24,7 @@ from megatron_moetion.agent.items import (
 )
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
-from megatron_moetion.vault.entry import Entry
+from megatron_moetion.vault.entry import Entry, split_key
 from megatron_moetion.vault.spill import Span
 
 
@@ -153,6 +153,7 @@ class Desk:
                     fields = [field.name for field in dataclasses.fields(Entry)]
                     entry = Entry(**{name: message[name] for name in fields})
                     self._store.publish(rank, entry)
+                    self._count(entry)
                     self._equipment.replication.sealed(rank, entry)
                 case "drop":
                     self._store.drop(rank, message["below"])
@@ -191,6 +192,13 @@ class Desk:
                 channel.send({"op": "refused", "id": message["id"], "reason": reason})
             else:
                 self._post(FromWorker(rank, {"op": "hopeless", "reason": reason}))
+
+    def _count(self, entry: Entry) -> None:
+        counters, kind = self._equipment.counters, split_key(entry.key)[0]
+        what = "captured" if kind == "frame" else "logged"
+        counters.add(f"{what} entries")
+        counters.add(f"{what} bytes", entry.nbytes)
+        counters.reach(f"largest {what} entry", entry.nbytes)
 
     def _fetch(self, channel: Channel, message: Message) -> None:
         """Answer with the nearest copy: this node's, the owner's, then that of each holder."""
