@@ -26,7 +26,9 @@ def corrupt(iteration: int, place: str, copy: int) -> str:
 
 
 def flags(*faults: str) -> list[str]:
-    return ["--moetion", "--moetion-window", str(WINDOW), "--moetion-fault", ";".join(faults)]
+    # Bases are counted here, and a new order of experts would make one more.
+    steady = ["--moetion-window", str(WINDOW), "--moetion-popularity", "none"]
+    return ["--moetion", *steady, "--moetion-fault", ";".join(faults)]
 
 
 def _kill_after(directory: Path, frames: Sequence[int]) -> None:

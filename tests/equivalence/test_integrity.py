@@ -14,7 +14,9 @@ def kill(global_rank: int, iteration: int) -> str:
 
 
 def flags(*faults: str) -> list[str]:
-    return ["--moetion", "--moetion-window", str(WINDOW), "--moetion-fault", ";".join(faults)]
+    # Bases are counted here, and a new order of experts would make one more.
+    steady = ["--moetion-window", str(WINDOW), "--moetion-popularity", "none"]
+    return ["--moetion", *steady, "--moetion-fault", ";".join(faults)]
 
 
 def test_the_next_older_base_is_taken_whoever_owns_the_damaged_frame(
