@@ -204,7 +204,7 @@ def open_job(
         identity: flags and versions that a later run must share to go on from what this one spills.
     """
     link = AgentLink.connect()
-    replacement = int(os.environ.get("MOETION_EPOCH", "0")) > 0
+    epoch = int(os.environ.get("MOETION_EPOCH", "0"))
     fired: list[int] = []
     claimed, num_copies, ceiling = False, 0, 0
     if link is not None:
@@ -212,12 +212,16 @@ def open_job(
             "op": "hello",
             "global_rank": global_rank,
             "pid": os.getpid(),
-            "replacement": replacement,
+            "generation": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             "identity": dict(identity or {}),
         }
         welcome = link.request(hello)
         fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
         ceiling = welcome["ceiling"]
+        if "MOETION_EPOCH" not in os.environ:
+            # Another launcher does not know in which epoch it starts its workers.
+            epoch = welcome["epoch"]
+    replacement = epoch > 0
     vault = (
         LocalVault(global_rank, on_map, on_unmap)
         if link is None

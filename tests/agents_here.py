@@ -68,7 +68,7 @@ class AgentsHere:
             post = lambda item, node=node_rank: self._post(node, item)  # noqa: E731
             equipment = assemble(members, VaultStore(), placement, SECRET, faults, log, post)
             self.equipment.append(equipment)
-            desk = Desk(members, equipment, lambda rank: {"op": "welcome"}, post)
+            desk = Desk(members, equipment, lambda rank, hello: {"op": "welcome"}, post)
             for door in (listener, listen_unix(self.name(node_rank), 16)):
                 Gate(door, SECRET, desk.serve, patience, equipment.counters, log).open()
         self.stores = [equipment.store for equipment in self.equipment]

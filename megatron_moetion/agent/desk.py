@@ -34,7 +34,7 @@ class Desk:
     Args:
         members: all nodes; `members.own` is this one.
         equipment: what the connections are about.
-        welcome: what to tell a worker that says hello.
+        welcome: what to tell a worker, from its global rank and its hello; may wait.
         post: hands an item to the main loop; called from many threads.
     """
 
@@ -42,7 +42,7 @@ class Desk:
         self,
         members: Members,
         equipment: Equipment,
-        welcome: Callable[[int], Message],
+        welcome: Callable[[int, Message], Message],
         post: Callable[[Item], None],
     ) -> None:
         self._members = members
@@ -125,11 +125,12 @@ class Desk:
             self._post(PeerGone(node_rank, str(error) or "connection closed"))
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
+        welcome = self._welcome(rank, hello)
         with self._lock:
             claims = self._equipment.claims
             claimed = {"claimed": claims.asked(rank), "ceiling": claims.ceiling}
             with contextlib.suppress(ConnectionError):
-                channel.send({**self._welcome(rank), **claimed, "id": hello["id"]})
+                channel.send({**welcome, **claimed, "id": hello["id"]})
                 for notice in self._early.pop(rank, []):
                     channel.send(notice)
             self._workers[rank] = channel

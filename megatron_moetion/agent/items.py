@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_moetion.agent.wire import Channel, Message
@@ -74,4 +75,19 @@ class Replicated:
     seconds: float
 
 
-Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone | Damaged | Replicated
+@dataclass(frozen=True)
+class Arrived:
+    """A worker that another launcher has started waits to be let in.
+
+    Attributes:
+        generation: how often its launcher had started all workers anew before.
+        welcome: set once it is let in.
+    """
+
+    global_rank: int
+    pid: int
+    generation: int
+    welcome: Future[Message]
+
+
+Item = FromWorker | WorkerSilent | FromPeer | PeerJoined | PeerGone | Damaged | Replicated | Arrived

@@ -40,7 +40,7 @@ class Job:
 
     Attributes:
         members: all nodes.
-        program: what the workers run.
+        program: what the workers run; None where somebody else starts them.
         env: environment of every worker, without its rank.
         protected: --moetion is among the script's arguments.
         num_spares: 1 keeps a warm spare on this node, 0 none.
@@ -53,7 +53,7 @@ class Job:
     """
 
     members: Members
-    program: Program
+    program: Program | None
     env: Mapping[str, str]
     protected: bool
     num_spares: int

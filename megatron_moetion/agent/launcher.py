@@ -12,14 +12,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
 from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, SpillDoesNotFit, share_over
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
 from megatron_moetion.agent.job import Job, Program
-from megatron_moetion.agent.membership import Meeting, MembershipError, Rendezvous, meet
+from megatron_moetion.agent.membership import (
+    KeyValues,
+    Meeting,
+    MembershipError,
+    Rendezvous,
+    meet,
+)
 from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.script import agents_config, option, placement_of
 from megatron_moetion.agent.spares import Spare
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
         meeting = meet(rendezvous, num_workers)
         job = job_of(args, rendezvous, meeting, secret)
         store = VaultStore()
-        record = cold_start(job, meeting.store, store)
+        record = cold_start(job, args.training_script_args, meeting.store, store)
         code = Node(job, meeting.listener, store, record, spare).run()
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
@@ -227,14 +232,18 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
     )
 
 
-def cold_start(job: Job, exchange: TCPStore, store: VaultStore) -> Record | None:
+def cold_start(
+    job: Job, script_args: Sequence[str], exchange: KeyValues, store: VaultStore
+) -> Record | None:
     """Load the newest spill that all nodes can go on from into this node's vault, if there is one.
+
+    Args:
+        exchange: where the nodes tell each other what they have.
 
     Raises:
         UsageError: there is nothing to export.
         SpillDoesNotFit: see `ColdStart.take`.
     """
-    script_args = job.program.args
     if job.spills is None:
         idle = Path(job.directory) / FOLDER if job.protected and job.directory else None
         if idle is not None and any(idle.glob("*-*")):

@@ -190,12 +190,7 @@ class Node:
         """Wait for something, then handle all of it."""
         left = self._leader.seconds_left() if self._leader is not None else None
         for key, _ in self._selector.select(left):
-            if isinstance(key.data, Child):
-                self._ended(key.data)
-            elif isinstance(key.data, Spare):
-                self._hear_spare()
-            else:
-                self._woken(self._woken_end.recv(4096))
+            key.data()
         while self._code is None and not self._items.empty():
             self._take(self._items.get())
         if self._leader is not None and self._code is None:
@@ -218,16 +213,16 @@ class Node:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake_end.fileno(), warn_on_full_buffer=False)
-        self._selector.register(self._woken_end, selectors.EVENT_READ)
+        self._selector.register(self._woken_end, selectors.EVENT_READ, self._woken)
 
-    def _woken(self, data: bytes) -> None:
-        numbers = [number for number in data if number in SIGNALS]
+    def _woken(self) -> None:
+        numbers = [number for number in self._woken_end.recv(4096) if number in SIGNALS]
         if numbers and self._code is None:
             self._report({"op": "signalled", "number": numbers[0]})
             if self._leader is None:
                 self._end(f"got signal {numbers[0]}", 128 + numbers[0])
 
-    def _welcome(self, global_rank: int) -> Message:
+    def _welcome(self, global_rank: int, hello: Message) -> Message:
         return {
             "op": "welcome",
             "epoch": self._epoch,
@@ -357,17 +352,19 @@ class Node:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
     def _keep_spare(self) -> None:
-        wanted = self._job.num_spares > 0 and self._spare is None
-        if wanted and self._job.program.interpreter:
+        wanted, program = self._job.num_spares > 0 and self._spare is None, self._job.program
+        if wanted and program is not None and program.interpreter:
             ahead, self._ahead = self._ahead, None
-            self._spare = ahead or Spare(self._job.program.interpreter, self._job.env)
-            self._selector.register(self._spare.socket, selectors.EVENT_READ, self._spare)
+            self._spare = ahead or Spare(program.interpreter, self._job.env)
+            self._selector.register(self._spare.socket, selectors.EVENT_READ, self._hear_spare)
             self._watch(self._spare.child)
 
     def _start(self, global_rank: int) -> None:
         """Start a worker: by the spare, which may still be importing, or cold."""
         # A spare that was started ahead lacks all of it.
         program = self._job.program
+        if program is None:
+            return
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
         argv = (program.script, *program.args)
         assignment = Assignment(global_rank, program.module, argv, env)
@@ -377,6 +374,7 @@ class Node:
             self._start_cold(global_rank)
 
     def _start_cold(self, global_rank: int) -> None:
+        assert self._job.program is not None
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
         self._starts[global_rank] = "cold"
         child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
@@ -410,7 +408,7 @@ class Node:
 
     def _watch(self, child: Child) -> None:
         self._children.add(child)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
 
     def _ended(self, child: Child) -> None:
         if self._spare is not None and child is self._spare.child:
@@ -424,9 +422,12 @@ class Node:
         if not ranks:
             print(f"moetion-run: the {child.label} ended with code {code}", file=sys.stderr)
             return
-        rank = ranks[0]
-        del self._workers[rank]
-        self._log.emit("exited", global_rank=rank, code=code, epoch=self._epoch, pid=child.pid)
+        self._lost(ranks[0], code, child.pid)
+
+    def _lost(self, rank: int, code: int, pid: int) -> None:
+        """A worker has ended."""
+        self._workers.pop(rank, None)
+        self._log.emit("exited", global_rank=rank, code=code, epoch=self._epoch, pid=pid)
         self._draining[rank] = code
         if not self._desk.hush(rank):
             # What it sent may still be in the queue, and comes first.

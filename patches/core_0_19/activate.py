@@ -1,9 +1,10 @@
 """Starts the product once every row is applied."""
 
-import os
+import sys
 from argparse import Namespace
 
 from megatron_moetion import faults, rehearsal
+from megatron_moetion.agent import hosted
 from megatron_moetion.config import Config
 
 from .. import activation
@@ -21,11 +22,6 @@ def activate(args: Namespace, config: Config) -> None:
             "a replay is bit-identical only with deterministic kernels; add --deterministic-mode "
             "and what it asks for"
         )
-    if config.spill_interval and not os.environ.get("MOETION_AGENT"):
-        activation.refuse(
-            "--moetion-spill-interval needs the agents of moetion-run: start the job with "
-            "moetion-run, or drop the flag"
-        )
     parts = 0 if config.split == "auto" else config.split
     most = (args.num_layers or 0) * ((args.num_experts or 0) + 2) + 3 + parts
     if config.window_size > most:
@@ -38,6 +34,15 @@ def activate(args: Namespace, config: Config) -> None:
         activation.refuse(
             f"--moetion-fault names global_rank {outside[0].global_rank}, but the job has ranks "
             f"0 to {args.world_size - 1}"
+        )
+    try:
+        joined = hosted.join(sys.argv[1:])
+    except hosted.NoAgent as error:
+        activation.refuse(str(error))
+    if config.spill_interval and not joined:
+        activation.refuse(
+            "--moetion-spill-interval needs an agent on each node: start the job with moetion-run, "
+            "or drop the flag"
         )
     training.open_job(config, args)
     if config.replicas not in ("auto", 0) and training.job().link is None:

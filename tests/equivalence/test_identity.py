@@ -99,11 +99,11 @@ def test_overlapped_communication_is_recovered_bit_for_bit(runner: Runner, off: 
         "overlap-killed",
         iterations=ONE_EACH,
         variant="overlap",
-        flags=["--moetion", *kills(*failures)],
+        flags=["--moetion", "--moetion-window", "4", *kills(*failures)],
     )
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, ONE_EACH)
-    # Windows begin with 4; a frame that is not sealed and a new order of experts add one each.
+    # A frame that is not sealed and a new order of experts add one each.
     _check_recoveries(run, failures, {"else": 5})
 
 

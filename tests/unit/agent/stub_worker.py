@@ -23,6 +23,7 @@ from torch.distributed import TCPStore
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.events import EventLog
+from megatron_moetion.vault.budget import Claim, Need
 
 RANK = int(os.environ["RANK"])
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
@@ -54,12 +55,16 @@ class Worker:
             timeout=timedelta(seconds=60),
         )
         if not self.replacement:
-            need = {"start": 0, "frames": 16 << 20, "inbox": 0}
-            claim = {"op": "claim", "limit": None, "lag": 1, "need": need, "others": {}}
-            link.request(claim)
+            claim = Claim(Need(0, 16 << 20, 0), {}).to_json()
+            link.request({"op": "claim", "limit": None, "lag": 1, **claim})
         self.epoch = self.welcome["epoch"]
         self.iteration = 0
-        link.listen(self.notices.put)
+        link.listen(self.hear)
+
+    def hear(self, notice: dict) -> None:
+        # How fast copying is, this worker does not care.
+        if notice["op"] != "replicated":
+            self.notices.put(notice)
 
     def frame(self, rank: int, iteration: int) -> torch.Tensor:
         return torch.full((FRAME_BYTES,), (rank * 16 + iteration) % 251, dtype=torch.uint8)
