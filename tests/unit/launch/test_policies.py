@@ -20,7 +20,7 @@ def test_a_stale_table_is_noticed_and_written_anew(
 ) -> None:
     current = policies.DOCUMENT.read_text()
     stale = tmp_path / "windows.md"
-    stale.write_text(current.replace("| 1 | rolling |", "| 9 | rolling |"))
+    stale.write_text(current.replace("| 1 | rolling |", "| 9 | rolling |", 1))
     monkeypatch.setattr(policies, "DOCUMENT", stale)
     assert main(["--check"]) == 1
     assert main(["--write"]) == 0
