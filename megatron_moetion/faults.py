@@ -153,12 +153,20 @@ class Scripted:
 
     Args:
         faults: of the whole job.
-        on_fire: told of each fault that fires.
+        already_fired: by index.
+        on_fire: told of each fault that fires, and its index.
     """
 
-    def __init__(self, faults: Iterable[Fault], on_fire: Callable[[Fault], None]) -> None:
+    def __init__(
+        self,
+        faults: Iterable[Fault],
+        already_fired: Iterable[int],
+        on_fire: Callable[[int, Fault], None],
+    ) -> None:
         self._lock = threading.Lock()
-        self._left = [f for f in faults if f.copy is not None]
+        fired = set(already_fired)
+        told = enumerate(faults)
+        self._left = {f: i for i, f in told if f.copy is not None and i not in fired}
         self._on_fire = on_fire
 
     def strike(
@@ -169,9 +177,9 @@ class Scripted:
         with self._lock:
             if fault not in self._left:
                 return
-            self._left.remove(fault)
+            index = self._left.pop(fault)
         damage()
-        self._on_fire(fault)
+        self._on_fire(index, fault)
 
 
 def _fire(fault: Fault) -> NoReturn:

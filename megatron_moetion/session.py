@@ -499,7 +499,7 @@ class Session:
         try:
             plan = make_plan(facts, self.topology)
         except NothingToRebuildFrom as error:
-            self.job.send("hopeless", reason=str(error))
+            self.job.send("hopeless", reason=str(error), state_lost=True)
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
         swapped = self.job.groups.rebuild(

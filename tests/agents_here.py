@@ -66,7 +66,7 @@ class AgentsHere:
             members = Members(nodes, node_rank)
             log = self.logs[node_rank]
             post = lambda item, node=node_rank: self._post(node, item)  # noqa: E731
-            equipment = assemble(members, VaultStore(), placement, SECRET, faults, log, post)
+            equipment = assemble(members, VaultStore(), placement, SECRET, faults, (), log, post)
             self.equipment.append(equipment)
             desk = Desk(members, equipment, lambda rank, hello: {"op": "welcome"}, post)
             for door in (listener, listen_unix(self.name(node_rank), 16)):

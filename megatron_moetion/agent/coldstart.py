@@ -25,6 +25,10 @@ class SpillDoesNotFit(RuntimeError):
     """The newest spill is of another run; one line with what to do."""
 
 
+class NoSpillLeft(RuntimeError):
+    """There were spills, none is sound, and no checkpoint of the host; one line what to do."""
+
+
 def share_over(store: KeyValues, members: Members) -> Share:
     """`Share` over the job's store."""
 
@@ -47,18 +51,21 @@ class ColdStart:
         members: all nodes.
         share: see `Share`.
         checkpoint: iteration of the host's own checkpoint that the job would load, if any.
+        expected: iteration of a spill that must be there, as the job begins again for it.
     """
 
     root: Path
     members: Members
     share: Share
     checkpoint: int | None
+    expected: int | None = None
 
     def take(self, store: VaultStore) -> Record | None:
         """Load it into the store and say in one line what the job starts from.
 
         Raises:
             SpillDoesNotFit: it was made on other nodes or ranks.
+            NoSpillLeft: training would begin afresh though it had been spilled.
         """
         own = self.members.own.node_rank
         said = self.share("spills", [spill.names(self.root, own), self.checkpoint])
@@ -75,7 +82,15 @@ class ColdStart:
                 older = "" if checkpoint is None else f"; the checkpoint is of {checkpoint}"
                 self._say(f"starting from the spill of iteration {iteration} in {self.root}{older}")
                 return record
-        self._say(f"no valid spill in {self.root}: a fresh start")
+        if checkpoint is not None:
+            self._say(f"no valid spill in {self.root}: --load of iteration {checkpoint}")
+        elif names or self.expected is not None:
+            raise NoSpillLeft(
+                f"no spill in {self.root} is sound, and --load names no Megatron checkpoint: give"
+                " one, or start afresh with another --moetion-dir"
+            )
+        else:
+            self._say(f"no valid spill in {self.root}: a fresh start")
         return None
 
     def _load(self, name: str, store: VaultStore) -> Record | None:

@@ -115,10 +115,19 @@ class Record:
 
 @dataclass(frozen=True)
 class End:
-    """End the whole job; an empty reason is the clean end."""
+    """End the whole job; an empty reason is the clean end.
+
+    Attributes:
+        reason: what cannot be survived.
+        code: of the job.
+        state_lost: an older state would do: start anew from a spill if there is a newer one.
+        fired: scripted faults that have been injected, by index.
+    """
 
     reason: str
     code: int
+    state_lost: bool = False
+    fired: tuple[int, ...] = ()
 
 
 Command = Notify | Replace | Gather | Record | End

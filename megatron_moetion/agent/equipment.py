@@ -47,6 +47,7 @@ def assemble(
     placement: Placement,
     secret: bytes,
     faults: Iterable[Fault],
+    fired: Iterable[int],
     log: EventLog,
     post: Callable[[Item], None],
 ) -> Equipment:
@@ -58,13 +59,15 @@ def assemble(
         placement: where copies go.
         secret: the job's.
         faults: the script of the whole job.
+        fired: those that were injected before, by index.
         log: for events.
         post: hands an item to the main loop; called from many threads.
     """
     own, counters = members.own, Counters()
 
-    def struck(fault: Fault) -> None:
+    def struck(index: int, fault: Fault) -> None:
         counters.add("faults")
+        post(FromWorker(own.first_global_rank, {"op": "fired", "index": index}))
         log.emit("fault", fault=str(fault), iteration=fault.iteration, copy=fault.copy)
 
     def quarantined(global_rank: int, key: str, copy: int, reason: str) -> None:
@@ -79,7 +82,7 @@ def assemble(
     def claimed() -> None:
         claims.decide()
 
-    scripted = Scripted(faults, struck)
+    scripted = Scripted(faults, fired, struck)
     copies = Copies(members, placement, store, counters, scripted, claimed)
     replication = Replication(
         members, placement, store, secret, counters, log, scripted, quarantined, timed

@@ -107,7 +107,7 @@ def _held(path: Path) -> bool:
 def main() -> NoReturn:
     """Run the agent that a specification on standard input describes."""
     # Behind these imports is torch, which a worker has imported itself.
-    from megatron_moetion.agent.coldstart import SpillDoesNotFit
+    from megatron_moetion.agent.coldstart import NoSpillLeft, SpillDoesNotFit
     from megatron_moetion.agent.environment import UsageError
     from megatron_moetion.config import ConfigError
     from megatron_moetion.vault.placement import PlacementError
@@ -119,7 +119,7 @@ def main() -> NoReturn:
         fcntl.flock(alive, fcntl.LOCK_EX)
         try:
             code = _run(spec)
-        except (UsageError, ConfigError, PlacementError, SpillDoesNotFit) as error:
+        except (UsageError, ConfigError, PlacementError, NoSpillLeft, SpillDoesNotFit) as error:
             print(f"moetion: error: {error}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         sys.stderr.flush()
@@ -158,7 +158,10 @@ def _run(spec: dict[str, Any]) -> int:
     )
     store = VaultStore()
     record = launcher.cold_start(job, script_args, Alone(), store)
-    return HostedNode(job, listener, store, record, spec["launcher"], _ready).run()
+    outcome = HostedNode(job, listener, store, record, spec["launcher"], _ready).run()
+    # Here the launcher starts everything anew, if it is to be.
+    assert isinstance(outcome, int)
+    return outcome
 
 
 def _ready() -> None:

@@ -49,6 +49,7 @@ class Job:
         timeout: for each phase of a recovery.
         placement: where copies of frames go.
         faults: the script of the whole job.
+        fired: those that were injected before this agent began again, by index.
         spills: folder of this node's spills; None without them.
     """
 
@@ -62,6 +63,7 @@ class Job:
     timeout: timedelta
     placement: Placement
     faults: tuple[Fault, ...]
+    fired: tuple[int, ...] = ()
     spills: Path | None = None
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:

@@ -15,8 +15,9 @@ from typing import NoReturn
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
 from megatron_moetion import faults
-from megatron_moetion.agent.coldstart import ColdStart, SpillDoesNotFit, share_over
+from megatron_moetion.agent.coldstart import ColdStart, NoSpillLeft, SpillDoesNotFit, share_over
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
+from megatron_moetion.agent.fallback import FallBack, begin_again, inherited
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import (
     KeyValues,
@@ -88,20 +89,23 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
         secret = secret_of(rendezvous.num_nodes)
         num_workers = local_world_size(args.nproc_per_node)
         meeting = meet(rendezvous, num_workers)
-        job = job_of(args, rendezvous, meeting, secret)
+        fall_back = inherited()
+        job = job_of(args, rendezvous, meeting, secret, fall_back)
         store = VaultStore()
-        record = cold_start(job, args.training_script_args, meeting.store, store)
-        code = Node(job, meeting.listener, store, record, spare).run()
+        record = cold_start(job, args.training_script_args, meeting.store, store, fall_back)
+        outcome = Node(job, meeting.listener, store, record, spare).run()
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
-    except MembershipError as error:
+    except (MembershipError, NoSpillLeft) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted before the job started", 130)
+    if isinstance(outcome, FallBack):
+        begin_again(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     # The connection threads wait in system calls for ever; nothing is left to be cleaned up.
-    os._exit(code)
+    os._exit(outcome)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -188,7 +192,13 @@ def local_world_size(nproc_per_node: str) -> int:
     return num_workers
 
 
-def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, secret: str) -> Job:
+def job_of(
+    args: argparse.Namespace,
+    rendezvous: Rendezvous,
+    meeting: Meeting,
+    secret: str,
+    fall_back: FallBack | None = None,
+) -> Job:
     """Put together what this node runs.
 
     Raises:
@@ -228,19 +238,26 @@ def job_of(args: argparse.Namespace, rendezvous: Rendezvous, meeting: Meeting, s
         timeout=rendezvous.timeout,
         placement=placement,
         faults=faults.parse(config.fault),
+        fired=() if fall_back is None else fall_back.fired,
         spills=spill_folder(script_args),
     )
 
 
 def cold_start(
-    job: Job, script_args: Sequence[str], exchange: KeyValues, store: VaultStore
+    job: Job,
+    script_args: Sequence[str],
+    exchange: KeyValues,
+    store: VaultStore,
+    fall_back: FallBack | None = None,
 ) -> Record | None:
     """Load the newest spill that all nodes can go on from into this node's vault, if there is one.
 
     Args:
         exchange: where the nodes tell each other what they have.
+        fall_back: why this job begins again, if it does.
 
     Raises:
+        NoSpillLeft: see `ColdStart.take`.
         UsageError: there is nothing to export.
         SpillDoesNotFit: see `ColdStart.take`.
     """
@@ -252,7 +269,8 @@ def cold_start(
         return None
     checkpoint = load_patches("checkpoint").newest(script_args)
     share = share_over(exchange, job.members)
-    record = ColdStart(job.spills, job.members, share, checkpoint).take(store)
+    expected = None if fall_back is None else fall_back.iteration
+    record = ColdStart(job.spills, job.members, share, checkpoint, expected).take(store)
     if record is None and option(script_args, "--moetion-export") is not None:
         raise UsageError(f"--moetion-export: no spill in {job.spills} to be exported")
     return record

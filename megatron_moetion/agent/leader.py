@@ -82,6 +82,7 @@ class Leader:
         log: for the timeline.
         timeout: for each phase of a recovery.
         spilled: iteration of the spill that the job starts from, 0 if none.
+        can_begin_again: the agents start the workers, and may start anew themselves.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Leader:
         log: EventLog,
         timeout: timedelta,
         spilled: int = 0,
+        can_begin_again: bool = True,
     ) -> None:
         self._members = members
         self._decider = decider
@@ -101,6 +103,7 @@ class Leader:
         ranks = [rank for node in members.nodes for rank in node.global_ranks]
         self._spilling = Spilling(ranks, len(members.nodes), spilled)
         self._cold = spilled > 0
+        self._can_begin_again = can_begin_again
         self._inbox: deque[tuple[int, Message]] = deque()
         self._detected: float | None = None
         self._deadline: float | None = None
@@ -196,10 +199,25 @@ class Leader:
             case Record():
                 self._record(command.kind, command.fields)
             case End():
-                self._over = True
-                if command.reason:
-                    print(f"moetion-run: ending the job: {command.reason}", file=sys.stderr)
-                self._everywhere({"op": "end", "reason": command.reason, "code": command.code})
+                self._end(command)
+
+    def _end(self, end: End) -> None:
+        self._over = True
+        order: Message = {"op": "end", "reason": end.reason, "code": end.code, "fall_back": None}
+        spilled = self._spilling.valid
+        if spilled is not None and end.state_lost and self._can_begin_again:
+            order["fall_back"] = [spilled, list(end.fired)]
+            anew = f"all workers start anew from the spill of iteration {spilled}"
+            self._log.emit("fell-back", iteration=spilled, reason=end.reason)
+            print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
+        elif end.reason:
+            hint = ""
+            if spilled is not None:
+                hint = f"; the same command goes on from the spill of iteration {spilled}"
+            elif end.state_lost:
+                hint = "; restart from a Megatron checkpoint with --load"
+            print(f"moetion-run: ending the job: {end.reason}{hint}", file=sys.stderr)
+        self._everywhere(order)
 
     def _spill(self, orders: list[Order]) -> None:
         for order in orders:

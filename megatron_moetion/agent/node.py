@@ -16,6 +16,7 @@ from megatron_moetion.agent import supervision
 from megatron_moetion.agent.coldstart import mismatch, position_at
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
+from megatron_moetion.agent.fallback import FallBack
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
 from megatron_moetion.agent.items import (
     Damaged,
@@ -44,7 +45,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Node:
-    """The agent of one node; `run` returns the exit code of moetion-run.
+    """The agent of one node.
 
     Args:
         job: what to run.
@@ -79,6 +80,7 @@ class Node:
             job.placement,
             job.secret,
             job.faults,
+            job.fired,
             self._log,
             self._post,
         )
@@ -94,11 +96,16 @@ class Node:
         self._peers: dict[int, Channel] = {}
         self._leader: Leader | None = None
         self._epoch = 0
-        self._fired: list[int] = []
+        self._fired: list[int] = list(job.fired)
         self._code: int | None = None
+        self._fall_back: FallBack | None = None
 
-    def run(self) -> int:
-        """Run the job's part on this node, from the first worker to the last."""
+    def run(self) -> int | FallBack:
+        """Run the job's part on this node, from the first worker to the last.
+
+        Returns:
+            The exit code, or what to begin again from once all nodes are past this.
+        """
         self._open()
         self._catch_signals()
         supervision.adopt_orphans()
@@ -107,7 +114,6 @@ class Node:
             self._begin()
             while self._code is None:
                 self._turn()
-            return self._code
         finally:
             self._equipment.replication.stop()
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
@@ -116,6 +122,12 @@ class Node:
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
             self._store.close()
             self._log.close()
+        if self._fall_back is None:
+            return self._code
+        while self._leader is None and not isinstance(self._items.get(), PeerGone):
+            # Until its process is another, the store there is still that of the failed run.
+            pass
+        return self._fall_back
 
     def _begin(self) -> None:
         if self._record is None:
@@ -145,14 +157,13 @@ class Node:
         if self._own.node_rank == 0:
             members = self._job.members
             decider = (
-                Round(members.ranks_of_node)
+                Round(members.ranks_of_node, fired=self._job.fired)
                 if self._job.protected
                 else Unprotected(members.world_size)
             )
             spilled = 0 if self._record is None else self._record.span.iteration
-            self._leader = Leader(
-                members, decider, self._order, self._log, self._job.timeout, spilled
-            )
+            tools = (members, decider, self._order, self._log, self._job.timeout)
+            self._leader = Leader(*tools, spilled, can_begin_again=self._job.program is not None)
             self._admit(self._listener)
             self._await_peers()
         else:
@@ -310,6 +321,7 @@ class Node:
             case "gather":
                 self._gather(order["epoch"])
             case "end":
+                self._fall_back = order["fall_back"] and FallBack(*order["fall_back"])
                 self._end(order["reason"], order["code"])
 
     def _notify(self, global_ranks: list[int], message: Message) -> None:

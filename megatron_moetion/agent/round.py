@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,14 @@ class Round:
     Args:
         ranks_of_node: global ranks per node rank.
         max_retries: failures of one rank at one iteration after which the job ends.
+        fired: scripted faults that were injected before, by index.
     """
 
     def __init__(
-        self, ranks_of_node: tuple[tuple[int, ...], ...], max_retries: int = MAX_RETRIES
+        self,
+        ranks_of_node: tuple[tuple[int, ...], ...],
+        max_retries: int = MAX_RETRIES,
+        fired: Iterable[int] = (),
     ) -> None:
         self.epoch = 0
         self._nodes = ranks_of_node
@@ -58,7 +62,7 @@ class Round:
         self._ready: set[int] = set()
         self._finished: set[int] = set()
         self._exited: set[int] = set()
-        self._fired: set[int] = set()
+        self._fired = set(fired)
         self._failures: Counter[tuple[int, int | None]] = Counter()
         self._first_code = 0
         self._answers = _Answers()
@@ -104,6 +108,10 @@ class Round:
                 return []
 
     @property
+    def _injected(self) -> tuple[int, ...]:
+        return tuple(sorted(self._fired))
+
+    @property
     def _survivors(self) -> frozenset[int]:
         return self._all - self._dead
 
@@ -120,7 +128,8 @@ class Round:
         if event.position is None:
             return self._hopeless(f"{how} before its first frame was sealed")
         if self._finished:
-            return self._hopeless(f"{how} after ranks {sorted(self._finished)} had finished")
+            finished = sorted(self._finished)
+            return self._hopeless(f"{how} after ranks {finished} had finished", state_lost=True)
         iteration = event.position.get("iteration", event.position.get("committed"))
         self._failures[rank, iteration] += 1
         if self._failures[rank, iteration] > self._max_retries:
@@ -137,7 +146,7 @@ class Round:
         return [
             Record("detected", {**failure, "dead": sorted(self._dead)}),
             freeze,
-            Replace(rank, self.epoch, tuple(sorted(self._fired))),
+            Replace(rank, self.epoch, self._injected),
             # Without survivors nobody has to be asked.
             *self._advance(),
         ]
@@ -148,7 +157,7 @@ class Round:
         self._begin()
         return [
             Record("cold-start", {"epoch": self.epoch, "iteration": event.iteration}),
-            *(Replace(rank, self.epoch, ()) for rank in sorted(self._all)),
+            *(Replace(rank, self.epoch, self._injected) for rank in sorted(self._all)),
             *self._advance(),
         ]
 
@@ -166,7 +175,7 @@ class Round:
         """
         key, reason = message["key"], message["reason"]
         if not key.startswith("frame/"):
-            return self._hopeless(f"{reason}; there is no other copy of it")
+            return self._hopeless(f"{reason}; there is no other copy of it", state_lost=True)
         if message["epoch"] != self.epoch:
             return []
         return [self._begin(), *self._advance()]
@@ -180,7 +189,8 @@ class Round:
             case "damaged":
                 return self._damaged(message)
             case "hopeless":
-                return self._hopeless(str(message["reason"]))
+                lost = bool(message.get("state_lost"))
+                return self._hopeless(str(message["reason"]), state_lost=lost)
             case "ready" if rank in self._dead:
                 self._ready.add(rank)
                 return self._advance()
@@ -292,14 +302,15 @@ class Round:
         return self._hopeless(
             f"{who} {self.missing()} did not answer within {seconds:g} s in phase"
             f" {self.phase.name} (waiting for {self.phase.value}); raise --moetion-timeout if"
-            " they were only slow"
+            " they were only slow",
+            state_lost=True,
         )
 
-    def _hopeless(self, reason: str) -> list[Command]:
+    def _hopeless(self, reason: str, *, state_lost: bool = False) -> list[Command]:
         self._machine.take(Step.HOPELESS)
         return [
             Record("ended", {"epoch": self.epoch, "reason": reason}),
-            End(reason, self._first_code or 1),
+            End(reason, self._first_code or 1, state_lost, self._injected),
         ]
 
 

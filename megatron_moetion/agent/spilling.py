@@ -59,12 +59,18 @@ class Spilling:
         self._ranks = frozenset(ranks)
         self._num_nodes = num_nodes
         self._newest = spilled
+        self._valid: int | None = None
         self._given_up = 0
         self._offered: Span | None = None
         self._offers: set[int] = set()
         self._writing: Span | None = None
         self._errors: dict[int, str] = {}
         self._warned = False
+
+    @property
+    def valid(self) -> int | None:
+        """Iteration of the newest spill that this job has made, valid on every node."""
+        return self._valid
 
     def offered(self, global_rank: int, span: Span, kept: bool) -> list[Order]:
         """A rank holds a window.
@@ -102,6 +108,7 @@ class Spilling:
             report = self._problem("spill-failed", span, f"node {node}: {failed[node]}")
         else:
             report, self._warned = Report("spilled", span.iteration, ""), False
+            self._valid = span.iteration
         return [report, Settle(span, valid=not failed), Release(span), *self._start()]
 
     def _start(self) -> list[Order]:

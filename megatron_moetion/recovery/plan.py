@@ -212,8 +212,7 @@ def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
         held = {r: [f.iteration for f in facts.frames.get(r, ())] for r in ranks}
         raise NothingToRebuildFrom(
             f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of "
-            f"frames is left (sealed frames by rank: {held}); restart from a Megatron checkpoint "
-            "with --load"
+            f"frames is left (sealed frames by rank: {held})"
         )
     base = max(candidates)
     replay = tuple(range(base + 1, facts.committed + 1))

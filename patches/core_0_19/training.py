@@ -235,6 +235,7 @@ def _own_state(this: Job, iteration: int) -> Any:
         this.send(
             "hopeless",
             reason=f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}",
+            state_lost=True,
         )
         raise RuntimeError(f"{HeaderKey(iteration)} is gone")
     return bundle.unpack(dict(entry.meta), entry.data, "cpu")
@@ -385,9 +386,8 @@ def unprotected(what: str) -> Callable[..., Any]:
             return host(*args, **kwargs)
         except Exception as error:
             if is_communication_error(error):
-                job().send(
-                    "hopeless", reason=f"a rank failed during {what}, which cannot be repeated yet"
-                )
+                reason = f"a rank failed during {what}, which cannot be repeated yet"
+                job().send("hopeless", reason=reason, state_lost=True)
             raise
         finally:
             SESSION.cursor.mode = mode

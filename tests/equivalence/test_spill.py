@@ -14,7 +14,15 @@ import pytest
 from megatron_moetion import events
 from megatron_moetion.vault.spill import FOLDER, iteration_of
 
-from .harness import TORCHRUN, Run, Runner, assert_same_bits, assert_within_claim, follow
+from .harness import (
+    TORCHRUN,
+    Run,
+    Runner,
+    assert_same_bits,
+    assert_within_claim,
+    follow,
+    kill_workers,
+)
 
 SPILLS = ["--moetion", "--moetion-window", "3", "--moetion-spill-interval", "2"]
 """A spill every 6 iterations."""
@@ -94,9 +102,9 @@ def test_a_cold_start_goes_on_bit_for_bit(runner: Runner, off: Run, killed: Run)
     assert spills(run.directory) == [12, 18]
 
 
-def damage_newest(directory: Path) -> Path:
-    *_, newest = sorted((directory / FOLDER).glob("*-*"))
-    path = newest / "rank2.safetensors"
+def damage(directory: Path, iteration: int) -> Path:
+    (spilled,) = (directory / FOLDER).glob(f"{iteration:010d}-*")
+    path = spilled / "rank2.safetensors"
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
@@ -113,7 +121,7 @@ def test_a_damaged_spill_is_named_and_one_that_cannot_be_written_costs_a_warning
 ) -> None:
     before = Run(killed.directory.with_name("spill-damaged-before"), killed.code, killed.log)
     shutil.copytree(killed.directory, before.directory)
-    path = damage_newest(before.directory)
+    path = damage(before.directory, KILLED_AFTER)
     meddle = at_event("cold-start", take_the_folder_away)
     run = again(runner, before, "spill-damaged", meddle=meddle)
     assert f"{path.parent.name}/{path.name}: " in run.log
@@ -135,6 +143,44 @@ def test_two_agents_go_on_together(runner: Runner, off: Run) -> None:
     first = runner.run("spill-nodes", iterations=ITERATIONS, flags=SPILLS, nodes=2, meddle=meddle)
     assert first.code == -signal.SIGKILL, first.tail()
     assert_goes_on(first, again(runner, first, "spill-nodes-again", nodes=2), off, 12)
+
+
+def wait_for_line(directory: Path, iteration: int) -> None:
+    wanted = f" iteration {iteration:8d}/"
+    next(line for line in follow(directory / "log") if wanted in line)
+
+
+def test_what_cannot_be_rebuilt_in_memory_starts_anew_from_a_spill_until_none_is_sound(
+    runner: Runner, off: Run
+) -> None:
+    # Of any three frames in a row one is damaged, but for those of the first spill, and for those
+    # of iteration 12 when they come again: each fault fires once.
+    faults = [f"corrupt:global_rank=3,iteration={i},at=capture" for i in range(8, 41, 3)]
+
+    def meddle(directory: Path) -> None:
+        at_event("spilled", lambda _: wait_for_line(directory, 12), iteration=6)(directory)
+        kill_workers(directory, (3,))
+        at_event("spilled", lambda _: wait_for_line(directory, 19), iteration=12)(directory)
+        for spilled in spills(directory):
+            damage(directory, spilled)
+        kill_workers(directory, (3,))
+
+    flags = [*SPILLS, "--moetion-popularity", "none", "--moetion-fault", ";".join(faults)]
+    run = runner.run("spill-chain", iterations=40, nodes=2, flags=flags, meddle=meddle)
+    assert_same_bits(run, off, 19, lines_may_repeat=True)
+    assert [e["iteration"] for e in run.events("fell-back")] == [6, 12]
+    for iteration in (6, 12):
+        anew = f"; all workers start anew from the spill of iteration {iteration}"
+        (line,) = (line for line in run.log.splitlines() if line.endswith(anew))
+        assert "cannot be rebuilt" in line
+    assert "moetion-run: starting from the spill of iteration 6 in" in run.log
+    assert [e["recovered"] for e in run.recoveries] == [[0, 1, 2, 3]]
+    # Both spills were damaged, and each agent says why it ends.
+    assert run.code == 1, run.tail()
+    assert run.log.count("does not match its checksum") == 2
+    ends = [line for line in run.log.splitlines() if line.startswith("moetion-run: error:")]
+    assert len(ends) == 2, run.tail()
+    assert all("is sound, and --load names no Megatron checkpoint: give one" in e for e in ends)
 
 
 def test_another_run_is_refused_in_one_line(runner: Runner, killed: Run) -> None:

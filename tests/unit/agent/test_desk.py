@@ -29,7 +29,7 @@ class Agent:
         self.posted: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.go_on = threading.Event()
         log, placement = EventLog(None, "agent-0"), place(["here"], 0)
-        equipment = assemble(MEMBERS, VaultStore(), placement, SECRET, (), log, self.post)
+        equipment = assemble(MEMBERS, VaultStore(), placement, SECRET, (), (), log, self.post)
         self.desk = Desk(MEMBERS, equipment, lambda rank, hello: {"op": "welcome"}, self.post)
         door, patience = listen_unix(self.name, 1), timedelta(seconds=30)
         Gate(door, SECRET, self.desk.serve, patience, equipment.counters, log).open()
