@@ -1,30 +1,68 @@
-"""A node agent whose workers are started, ended and started anew by somebody else."""
+"""A node agent whose workers are started, ended and started anew by somebody else.
+
+As a program it is what `hosted.join` starts: it reads on standard input what to be the agent of,
+prints one line when workers may connect, and lives on.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import selectors
+import shutil
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its stubs
+
+from megatron_moetion import faults
+from megatron_moetion.agent import launcher
+from megatron_moetion.agent.coldstart import NoSpillLeft, SpillDoesNotFit
+from megatron_moetion.agent.environment import UsageError
 from megatron_moetion.agent.items import Arrived, Item
 from megatron_moetion.agent.job import Job
+from megatron_moetion.agent.membership import (
+    BACKLOG,
+    Meeting,
+    Member,
+    Members,
+    MembershipError,
+    Rendezvous,
+    meet,
+)
 from megatron_moetion.agent.node import Node
+from megatron_moetion.agent.script import agents_config, option, placement_of
 from megatron_moetion.agent.spiller import Written
-from megatron_moetion.agent.wire import Message
+from megatron_moetion.agent.surroundings import Surroundings
+from megatron_moetion.agent.wire import Message, listen_tcp
+from megatron_moetion.config import Config, ConfigError
+from megatron_moetion.vault.placement import PlacementError
 from megatron_moetion.vault.spill import Record
 from megatron_moetion.vault.store import VaultStore
 
 UNKNOWN_CODE = 1
 """Only a parent is told how a process ended."""
+REFUSALS = (
+    ConfigError,
+    MembershipError,
+    NoSpillLeft,
+    PlacementError,
+    SpillDoesNotFit,
+    UsageError,
+)
 
 
 class HostedNode(Node):
     """The agent of one node under another launcher; see `Node`.
 
     Args:
-        launcher: pid of whoever starts the workers; the agent ends with it.
+        place: whoever starts the workers; the agent ends with it.
         ready: called once workers may connect.
     """
 
@@ -34,14 +72,16 @@ class HostedNode(Node):
         listener: socket.socket,
         store: VaultStore,
         record: Record | None,
-        launcher: int,
+        place: Surroundings,
         ready: Callable[[], None],
     ) -> None:
         super().__init__(job, listener, store, record)
         self._ready = ready
+        self._starts_anew = place.starts_anew
         self._arrivals: list[Arrived] = []
         self._guests: dict[int, Arrived] = {}
-        self._launcher = os.pidfd_open(launcher)
+        self._finished: set[int] = set()
+        self._launcher = os.pidfd_open(place.launcher)
         self._selector.register(self._launcher, selectors.EVENT_READ, self._launcher_ended)
 
     def _begin(self) -> None:
@@ -60,6 +100,11 @@ class HostedNode(Node):
         else:
             super()._take(item)
         self._let_in()
+
+    def _pass_on(self, global_rank: int, message: Message) -> None:
+        if message["op"] == "finished":
+            self._finished.add(global_rank)
+        super()._pass_on(global_rank, message)
 
     def _let_in(self) -> None:
         """Lets workers in once all of the generation before have ended and that has been reported:
@@ -86,24 +131,85 @@ class HostedNode(Node):
     def _guest_ended(self, pidfd: int, guest: Arrived) -> None:
         self._selector.unregister(pidfd)
         os.close(pidfd)
-        del self._guests[guest.global_rank]
-        self._lost(guest.global_rank, UNKNOWN_CODE, guest.pid)
+        rank = guest.global_rank
+        del self._guests[rank]
+        self._lost(rank, UNKNOWN_CODE, guest.pid)
+
+    def _report_exit(self, rank: int, code: int) -> None:
+        if not self._starts_anew and rank not in self._finished:
+            # The others would wait for a worker that never comes.
+            reason = f"rank {rank} has ended, and its launcher starts no worker again"
+            self._pass_on(rank, {"op": "hopeless", "reason": reason, "state_lost": True})
+        super()._report_exit(rank, code)
 
     def _launcher_ended(self) -> None:
         self._selector.unregister(self._launcher)
+        if self._finished >= set(self._own.global_ranks):
+            # The leader ends the job once all nodes have said so.
+            return
         self._end("their launcher has ended" if self._guests else "", UNKNOWN_CODE)
 
 
-class Alone:
-    """What one node tells itself, in place of a store."""
+def main() -> NoReturn:
+    """Run the agent that a specification on standard input describes."""
+    spec = json.load(sys.stdin)
+    folder = Path(spec["folder"])
+    code = 1
+    with (folder / "alive").open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        try:
+            code = _run(spec)
+        except REFUSALS as error:
+            print(f"moetion: error: {error}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.stderr.flush()
+        # The connection threads wait in system calls for ever; nothing is left to be cleaned up.
+        os._exit(code)
 
-    def __init__(self) -> None:
-        self._values: dict[str, str] = {}
 
-    def set(self, key: str, value: str) -> None:
-        """Put a value."""
-        self._values[key] = value
+def _run(spec: dict[str, Any]) -> int:
+    place, script_args = Surroundings(**spec["place"]), tuple(spec["script_args"])
+    config = agents_config(script_args, place.num_nodes)
+    seconds = float(option(script_args, "--moetion-timeout") or Config().timeout_seconds)
+    timeout = timedelta(seconds=seconds)
+    meeting = _meet(place, spec["run_id"], timeout)
+    job = Job(
+        members=meeting.members,
+        program=None,
+        env={"MOETION_RUN_ID": meeting.run_id, "MOETION_AGENT": spec["name"]},
+        protected=True,
+        num_spares=0,
+        directory=option(script_args, "--moetion-dir") or str(Config().dir),
+        secret=bytes.fromhex(spec["secret"]),
+        timeout=timeout,
+        placement=placement_of(meeting.members, config),
+        faults=faults.parse(config.fault),
+        spills=launcher.spill_folder(script_args),
+    )
+    store = VaultStore()
+    record = launcher.cold_start(job, script_args, meeting.store, store)
+    outcome = HostedNode(job, meeting.listener, store, record, place, _ready).run()
+    # Here the launcher starts everything anew, if it is to be.
+    assert isinstance(outcome, int)
+    return outcome
 
-    def get(self, key: str) -> bytes:
-        """A value that was put."""
-        return self._values[key].encode()
+
+def _meet(place: Surroundings, run_id: str, timeout: timedelta) -> Meeting:
+    domain = os.environ.get("MOETION_FAILURE_DOMAIN") or socket.gethostname()
+    if place.num_nodes > 1:
+        host, port = place.store
+        rendezvous = Rendezvous(place.num_nodes, place.node_rank, host, port, timeout, domain)
+        return meet(rendezvous, place.num_workers, again=not place.hosts_store)
+    listener = listen_tcp("127.0.0.1", BACKLOG)
+    own = Member(0, "127.0.0.1", listener.getsockname()[1], place.num_workers, 0, domain)
+    return Meeting(HashStore(), 0, listener, Members((own,), 0), run_id)
+
+
+def _ready() -> None:
+    print("ready", flush=True)
+    # What is printed from here on is read by nobody.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

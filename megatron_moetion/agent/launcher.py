@@ -215,7 +215,7 @@ def job_of(
     env = {
         **worker_base_env(meeting.members.own.num_workers),
         "MASTER_ADDR": rendezvous.master_addr,
-        "MASTER_PORT": str(meeting.store.port),
+        "MASTER_PORT": str(meeting.port),
         "TORCHELASTIC_RUN_ID": meeting.run_id,
         "MOETION_RUN_ID": meeting.run_id,
         "MOETION_SECRET": secret,

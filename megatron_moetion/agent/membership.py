@@ -12,6 +12,8 @@ from typing import Protocol
 from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not in its stubs
     DistNetworkError,
     DistStoreError,
+    PrefixStore,
+    Store,
     TCPStore,
 )
 
@@ -127,7 +129,7 @@ def all_have_read(store: KeyValues, topic: str, own_node_rank: int, num_nodes: i
             store.get(f"{topic}/read/{node_rank}")
 
 
-def open_store(rendezvous: Rendezvous) -> TCPStore:
+def open_store(rendezvous: Rendezvous, *, hosted_elsewhere: bool = False) -> TCPStore:
     """Host the job's store on node 0, connect to it elsewhere.
 
     The workers use it too (they see it as torchrun's agent store), so it outlives every worker.
@@ -136,7 +138,7 @@ def open_store(rendezvous: Rendezvous) -> TCPStore:
         MembershipError: the port is taken, or nobody answers.
     """
     where = f"{rendezvous.master_addr}:{rendezvous.master_port}"
-    leads = rendezvous.node_rank == 0
+    leads = rendezvous.node_rank == 0 and not hosted_elsewhere
     try:
         return TCPStore(
             rendezvous.master_addr,
@@ -159,30 +161,39 @@ class Meeting:
     """What `meet` found.
 
     Attributes:
-        store: keep it for as long as any worker lives; on node 0 it is the server.
+        store: keep it for as long as any worker lives; on node 0 it may be the server.
+        port: of its server.
         listener: for other agents.
         members: all nodes.
         run_id: the same on all nodes, new for each job.
     """
 
-    store: TCPStore
+    store: Store
+    port: int
     listener: socket.socket
     members: Members
     run_id: str
 
 
-def meet(rendezvous: Rendezvous, num_workers: int) -> Meeting:
+def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeting:
     """Announce this node and wait for all others.
+
+    Args:
+        again: somebody else hosts the store, and these nodes may have met there before.
 
     Raises:
         MembershipError: a port or node rank is taken, or a node does not appear.
     """
-    store = open_store(rendezvous)
+    server = open_store(rendezvous, hosted_elsewhere=again)
     # The address of this host that reaches the store is one that the others reach, too.
-    with socket.create_connection((store.host, store.port)) as probe:
+    with socket.create_connection((server.host, server.port)) as probe:
         host = probe.getsockname()[0]
     listener = listen_tcp(host, BACKLOG)
     own = rendezvous.node_rank
+    store: Store = server
+    if again:
+        # No agent outlives another one of its job, so all count alike.
+        store = PrefixStore(f"moetion/{server.add(f'moetion/met/{own}', 1)}", server)
     if store.add(f"moetion/taken/{own}", 1) != 1:
         raise MembershipError(f"node rank {own} is taken; give every node its own --node-rank")
     if own == 0:
@@ -206,4 +217,4 @@ def meet(rendezvous: Rendezvous, num_workers: int) -> Meeting:
         all_have_read(store, "moetion/agent", own, rendezvous.num_nodes)
     except DistStoreError:
         raise MembershipError("a node left before the job began; see what it printed") from None
-    return Meeting(store, listener, Members(tuple(nodes), own), run_id)
+    return Meeting(store, server.port, listener, Members(tuple(nodes), own), run_id)

@@ -108,8 +108,8 @@ def test_agents_damage_the_copies_that_the_script_names_once_each() -> None:
         "corrupt:global_rank=1,iteration=2,at=transfer,copy=1;"
         "corrupt:global_rank=1,iteration=2,at=capture"
     )
-    fired: list[Fault] = []
-    scripted = Scripted(script, fired.append)
+    fired: list[tuple[int, Fault]] = []
+    scripted = Scripted(script, (), lambda index, fault: fired.append((index, fault)))
     damaged: list[str] = []
     for place, iteration, copy in [
         ("stored", 1, 0),
@@ -121,7 +121,10 @@ def test_agents_damage_the_copies_that_the_script_names_once_each() -> None:
     ]:
         scripted.strike(place, 1, iteration, copy, lambda p=place: damaged.append(p))
     assert damaged == ["stored", "transfer"]
-    assert fired == [script[0], script[1]]
+    assert fired == [(0, script[0]), (1, script[1])]
+    again = Scripted(script, [1], lambda index, fault: fired.append((index, fault)))
+    again.strike("transfer", 1, 2, 1, lambda: damaged.append("again"))
+    assert damaged == ["stored", "transfer"]
     injector = Injector(script, 1, (), lambda index, fault: None)
     assert injector.corrupts(2)
     assert not injector.corrupts(2)

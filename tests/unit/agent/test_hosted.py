@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moetion.agent import hosted
+from megatron_moetion.agent.surroundings import SRUN, TORCHRUN
 
 WORKER = """
 import os, sys
@@ -44,7 +45,7 @@ for worker in workers:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for temporary files, and no agent yet."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    for name in ("MOETION_AGENT", "MOETION_SECRET", "MOETION_EPOCH", hosted.LAUNCHED):
+    for name in ("MOETION_AGENT", "MOETION_SECRET", "MOETION_EPOCH", TORCHRUN, SRUN):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -68,17 +69,25 @@ def test_all_workers_of_a_launcher_find_one_agent_that_ends_with_it(here: Path) 
     assert not folder.exists()
 
 
-def test_without_torchrun_or_on_several_nodes_there_is_none(
+def test_without_a_launcher_that_is_known_there_is_none(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not hosted.join(["--moetion"])
-    monkeypatch.setenv(hosted.LAUNCHED, "x")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert not hosted.join(["--moetion"])
     assert list(here.iterdir()) == []
     assert "MOETION_AGENT" not in os.environ
+
+
+def test_the_agents_of_several_nodes_need_a_secret(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", TORCHRUN: "x"}
+    for name, value in {**several, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hosted.NoAgent, match="MOETION_SECRET: set it to the same random hex"):
+        hosted.join(["--moetion"])
+    assert list(here.iterdir()) == []
 
 
 def test_what_moetion_run_has_set_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +99,7 @@ def test_what_moetion_run_has_set_stays(here: Path, monkeypatch: pytest.MonkeyPa
 def test_an_agent_that_cannot_start_is_said(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(hosted.LAUNCHED, "x")
+    monkeypatch.setenv(TORCHRUN, "x")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(hosted.NoAgent, match="did not start"):
