@@ -58,9 +58,9 @@ def run(command_line: Sequence[str]) -> int:
     console.print(table)
     console.print(_unsupported_table(folder))
     console.print(
-        f"localized recovery: only under {LOCALIZED}; when plain torchrun starts all workers of "
-        "its one node anew (--max-restarts), they go on from what the node's agent holds; with "
-        "several nodes, or under srun, a failure ends the job as it does without moetion"
+        f"localized recovery: single workers only under {LOCALIZED}; when plain torchrun starts "
+        "all workers of a node anew (--max-restarts), they go on from what the node's agent holds; "
+        "under srun a failure ends the job, and the same command goes on from the newest spill"
     )
     complaints = _complaints(command_line, folder) if command_line else []
     for line in complaints:

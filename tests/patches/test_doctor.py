@@ -96,7 +96,7 @@ def test_the_report_shows_versions_rows_and_what_the_launcher_can_do(output: lis
     text = "\n".join(output)
     assert "megatron-core" in text
     assert "megatron.training.arguments:parse_args" in text
-    assert "localized recovery: only under moetion-run" in text
+    assert "localized recovery: single workers only under moetion-run" in text
     assert "command line: accepted" in text
     assert "command line: not supported: FSDP, because" in text
     assert "command line: no localized recovery without moetion-run as the launcher" in text

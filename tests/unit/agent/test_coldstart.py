@@ -14,6 +14,7 @@ import torch
 
 from megatron_moetion.agent.coldstart import (
     ColdStart,
+    NoSpillLeft,
     SpillDoesNotFit,
     mismatch,
     position_at,
@@ -77,7 +78,10 @@ def spilled(roots: tuple[Path, Path]) -> tuple[Path, Path]:
 
 
 def take(
-    roots: tuple[Path, Path], checkpoint: int | None = None, nodes: tuple[Member, ...] = NODES
+    roots: tuple[Path, Path],
+    checkpoint: int | None = None,
+    nodes: tuple[Member, ...] = NODES,
+    expected: int | None = None,
 ) -> list[tuple[Record | None, list[str]]]:
     """What each node takes, and the keys of its first rank."""
     board = Board()
@@ -85,7 +89,7 @@ def take(
     def run(node_rank: int) -> tuple[Record | None, list[str]]:
         members, store = Members(nodes, node_rank), VaultStore()
         share = share_over(board, members)
-        record = ColdStart(roots[node_rank], members, share, checkpoint).take(store)
+        record = ColdStart(roots[node_rank], members, share, checkpoint, expected).take(store)
         keys = [e.key for e in store.inventory(LAYOUT[node_rank][0], "frame/")]
         store.close()
         return record, keys
@@ -170,3 +174,25 @@ def test_another_identity_is_refused_by_name(spilled: tuple[Path, Path]) -> None
 def test_a_rank_stands_at_the_start_of_the_next_iteration() -> None:
     position = Position.from_json(json.loads(json.dumps(position_at(8))))
     assert position == Position(9, Progress.BEFORE_COMMIT, committed=8, logged=8)
+
+
+def damage(root: Path, name: str) -> None:
+    path = root / name / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_training_does_not_begin_afresh_where_all_spills_are_damaged(
+    spilled: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (OLD, NEW):
+        damage(spilled[0], name)
+    with pytest.raises(NoSpillLeft, match="is sound, and --load names no Megatron checkpoint"):
+        take(spilled)
+    assert taken(spilled, checkpoint=3) == [None, None]
+    assert "--load of iteration 3" in capsys.readouterr().err
+
+
+def test_nor_where_a_spill_that_was_there_is_gone(roots: tuple[Path, Path]) -> None:
+    with pytest.raises(NoSpillLeft):
+        take(roots, expected=8)
+    assert taken(roots, expected=8, checkpoint=3) == [None, None]

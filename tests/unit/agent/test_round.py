@@ -297,6 +297,28 @@ def test_a_damaged_log_entry_ends_the_job_as_there_is_no_other_copy() -> None:
     damaged = {"global_rank": 0, "key": "boundary/9/0", "reason": "bits differ"}
     (end,) = ends(leader.feed(say(3, "damaged", epoch=1, **damaged)))
     assert end.reason == "bits differ; there is no other copy of it"
+    assert end.state_lost
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_worker_says_whether_an_older_state_would_do(lost: bool) -> None:
+    leader = Round(NODES, fired=[4])
+    leader.feed(say(1, "fired", index=2))
+    (end,) = ends(leader.feed(say(1, "hopeless", reason="no frames", state_lost=lost)))
+    assert end == End("no frames", 1, lost, (2, 4))
+
+
+def test_what_has_failed_too_often_or_lost_a_node_is_no_matter_of_state() -> None:
+    leader = Round(NODES, max_retries=0)
+    (end,) = ends(leader.feed(die(3)))
+    assert not end.state_lost
+    (end,) = ends(Round(NODES).feed(AgentLost(1, "gone")))
+    assert not end.state_lost
+
+
+def test_faults_that_fired_before_a_cold_start_do_not_fire_again() -> None:
+    commands = Round(NODES, fired=[1, 0]).feed(Restored(12))
+    assert {c.fired for c in commands if isinstance(c, Replace)} == {(0, 1)}
 
 
 def test_an_exit_without_finished_is_a_failure_even_with_code_zero() -> None:

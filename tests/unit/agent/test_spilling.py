@@ -36,6 +36,7 @@ def test_it_is_valid_only_when_every_node_has_written_its_part() -> None:
     report, *orders = leader.written(1, window(4), "")
     assert report == Report("spilled", 4, "")
     assert orders == [Settle(window(4), valid=True), Release(window(4))]
+    assert leader.valid == 4
 
 
 def test_a_part_that_fails_fails_the_spill_and_is_said_once_until_one_succeeds() -> None:
@@ -51,6 +52,11 @@ def test_a_part_that_fails_fails_the_spill_and_is_said_once_until_one_succeeds()
         if error:
             assert (report.kind, report.detail) == ("spill-failed", "node 1: disk full")
     assert warned == [True, False, False, True]
+    assert leader.valid == 12
+
+
+def test_the_spill_that_the_job_started_from_is_none_that_it_made() -> None:
+    assert Spilling(RANKS, 1, spilled=8).valid is None
 
 
 def test_a_window_is_skipped_and_said_once_while_an_earlier_one_is_written() -> None:

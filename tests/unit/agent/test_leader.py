@@ -1,0 +1,79 @@
+"""What the leader tells all nodes, and the user, when the job ends or starts anew."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from megatron_moetion.agent.decision import Command, End, Event
+from megatron_moetion.agent.leader import Leader
+from megatron_moetion.agent.membership import Member, Members
+from megatron_moetion.events import EventLog
+from megatron_moetion.recovery.phase import Phase
+
+MEMBERS = Members((Member(0, "a", 1, 1, 0), Member(1, "b", 1, 1, 1)), 0)
+
+
+class Ending:
+    """A decider that ends the job at the first event."""
+
+    epoch = 0
+    phase = Phase.TRAINING
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+
+    def feed(self, event: Event) -> list[Command]:
+        return [self._end]
+
+
+def ended(end: End, *, spilled: bool, **options: Any) -> list[tuple[int, dict[str, Any]]]:
+    """The orders with which a job ends that had made a spill of iteration 6, or none."""
+    orders: list[tuple[int, dict[str, Any]]] = []
+    send = lambda node, order: orders.append((node, order))  # noqa: E731
+    leader = Leader(MEMBERS, Ending(end), send, EventLog(None, "x"), timedelta(1), **options)
+    span = {"base": 4, "iteration": 6}
+    for node in (0, 1) if spilled else ():
+        offer = {"op": "window", "span": span, "kept": True}
+        leader.take(node, {"op": "said", "global_rank": node, "message": offer})
+    for node in (0, 1) if spilled else ():
+        leader.take(node, {"op": "spilled", "span": span, "error": ""})
+    del orders[:]
+    leader.take(1, {"op": "exited", "global_rank": 1, "code": 9, "position": None})
+    leader.take(0, {"op": "exited", "global_rank": 0, "code": 9, "position": None})
+    return orders
+
+
+def test_lost_state_starts_anew_from_the_spill_everywhere(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    orders = ended(End("no frames", 9, True, (1,)), spilled=True)
+    order = {"op": "end", "reason": "no frames", "code": 9, "fall_back": [6, [1]]}
+    # Once, and the leader's own node last.
+    assert orders == [(1, order), (0, order)]
+    anew = "moetion-run: no frames; all workers start anew from the spill of iteration 6\n"
+    assert capsys.readouterr().err == anew
+
+
+@pytest.mark.parametrize(
+    ("state_lost", "spilled", "can_begin_again", "hint"),
+    [
+        (True, False, True, "; restart from a Megatron checkpoint with --load"),
+        (True, True, False, "; the same command goes on from the spill of iteration 6"),
+        (False, True, True, "; the same command goes on from the spill of iteration 6"),
+        (False, False, True, ""),
+    ],
+)
+def test_otherwise_one_line_says_what_to_do(
+    state_lost: bool,
+    spilled: bool,
+    can_begin_again: bool,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    end = End("it broke", 9, state_lost)
+    orders = ended(end, spilled=spilled, can_begin_again=can_begin_again)
+    assert [(order["code"], order["fall_back"]) for _, order in orders] == [(9, None)] * 2
+    assert capsys.readouterr().err == f"moetion-run: ending the job: it broke{hint}\n"
