@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from megatron_moetion import faults
 
+Cut = Literal["stage", "shard"]
 WindowPolicy = Literal["auto", "rolling", "tumbling"]
 Popularity = Literal["hard-count", "soft-count", "time-decayed", "capacity-aware", "none"]
 
@@ -140,6 +141,17 @@ class Config:
             "rolling: any W consecutive frames are a base. tumbling: only whole windows are. auto: "
             "begins with rolling and takes what replays less of those that keep up.",
             _one_of(WindowPolicy),
+        ),
+    )
+    cut: Cut = field(
+        default="stage",
+        metadata=_flag(
+            "--moetion-cut",
+            "stage|shard",
+            "What is rebuilt after a failure. stage: the pipeline stage, by replaying what entered "
+            "it. shard: the optimizer shards, by the updates that were made to them; nothing is "
+            "replayed, and frames hold gradients in place of weights.",
+            _one_of(Cut),
         ),
     )
     split: int | Literal["auto"] = field(
@@ -364,6 +376,11 @@ def _check_relations(config: Config, env: Mapping[str, str]) -> None:
     if config.export is not None and not config.spill_interval:
         raise ConfigError(
             "--moetion-export starts from a spill: give the --moetion-spill-interval of the run"
+        )
+    if config.cut == "shard" and config.window_policy == "tumbling":
+        raise ConfigError(
+            "--moetion-cut shard needs the gradients of every iteration, which tumbling windows "
+            "leave out: drop --moetion-window-policy tumbling"
         )
     nodes = int(env.get("GROUP_WORLD_SIZE") or env.get("SLURM_NNODES") or 1)
     if config.replicas != "auto" and config.replicas >= max(nodes, 1):

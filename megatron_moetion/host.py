@@ -96,6 +96,11 @@ class Host(Protocol):
     def drop_frozen_gradients(self) -> None:
         """Called before the inner optimizer steps in replay: frozen operators are not updated."""
 
+    def update(self, state: State) -> None:
+        """Makes one update of the optimizers, under the settings in a `start_state`, with the
+        gradients that are in place; parameters without one are passed.
+        """
+
     def publish_main(self, states: Sequence[ParamState]) -> None:
         """Copies FP32 main shards into the compute weights, rounding as the host does."""
 

@@ -15,6 +15,11 @@ import torch
 
 from megatron_moetion.parts import Part
 
+LIGHT, GRADIENT = "light", "gradient"
+"""Names of what a frame holds of an operator when it is not its turn: its compute weights under the
+stage cut, the gradient of that iteration under the shard cut.
+"""
+
 
 class Kind(StrEnum):
     """What an operator is; members in order of capture inside a window, coldest first."""
@@ -49,6 +54,21 @@ class StateAccess:
         self._state.pop(self._key, None)
 
 
+class GradientAccess:
+    """Access to the gradient that the optimizer's update takes; an attribute of what it updates."""
+
+    def __init__(self, main: torch.Tensor, attribute: str) -> None:
+        self._main, self._attribute = main, attribute
+
+    def get(self) -> torch.Tensor | None:
+        """Live, not a copy; None where there is none, and then the update passes this parameter."""
+        found: torch.Tensor | None = getattr(self._main, self._attribute, None)
+        return found
+
+    def put(self, value: torch.Tensor | None) -> None:
+        setattr(self._main, self._attribute, value)
+
+
 @dataclass
 class ParamState:
     """The state of one parameter on one rank.
@@ -59,6 +79,7 @@ class ParamState:
         light: flat view of this rank's shard of the compute weights (2 B/param in BF16).
         main: this rank's FP32 shard, or the same tensor as `light` for parameters trained in FP32.
         states: the optimizer's tensors for `main`; none before the first step.
+        gradient: what the update takes, of the shape of `main`; None under the stage cut.
     """
 
     name: str
@@ -66,6 +87,14 @@ class ParamState:
     light: torch.Tensor
     main: torch.Tensor
     states: StateAccess
+    gradient: GradientAccess | None = None
+
+    @property
+    def rest(self) -> tuple[str, torch.Tensor | None]:
+        """What a frame holds of this parameter when it is not its turn, and the name of that."""
+        if self.gradient is None:
+            return LIGHT, self.light
+        return GRADIENT, self.gradient.get()
 
 
 @dataclass
@@ -82,8 +111,9 @@ class Operator:
     numel: int = 0
 
     @property
-    def light_bytes(self) -> int:
-        return sum(p.light.nbytes for p in self.params)
+    def rest_bytes(self) -> int:
+        """Bytes of a frame in which it is not this operator's turn, at most."""
+        return sum((p.light if p.gradient is None else p.main).nbytes for p in self.params)
 
     @property
     def full_bytes(self) -> int:
@@ -137,13 +167,13 @@ def prove_ownership(
 def table(operators: Sequence[Operator]) -> str:
     """The ownership table printed at start: one row per kind, bytes of this rank's shard."""
     lines = [
-        f"{'kind':<10} {'operators':>9} {'parameters':>12} {'full bytes':>12} {'light bytes':>12}"
+        f"{'kind':<10} {'operators':>9} {'parameters':>12} {'full bytes':>12} {'other bytes':>12}"
     ]
     for kind in Kind:
         group = [o for o in operators if o.kind is kind]
         if group:
             lines.append(
                 f"{kind.value:<10} {len(group):>9} {sum(o.numel for o in group):>12} "
-                f"{sum(o.full_bytes for o in group):>12} {sum(o.light_bytes for o in group):>12}"
+                f"{sum(o.full_bytes for o in group):>12} {sum(o.rest_bytes for o in group):>12}"
             )
     return "\n".join(lines)

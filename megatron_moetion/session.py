@@ -34,9 +34,11 @@ from megatron_moetion.recovery.plan import (
     Progress,
     StagePlan,
     make_plan,
+    make_shard_plan,
     needs_result,
+    reached,
 )
-from megatron_moetion.recovery.rebuild import Frames, Rebuild
+from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
 from megatron_moetion.schedule import FramePlan, Schedule, generate
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
@@ -70,7 +72,8 @@ class Session:
 
     def __init__(self, job: Job, topology: Topology, host: Host, steering: Steering) -> None:
         self.job, self.topology, self.host, self.steering = job, topology, host, steering
-        self.cursor = Cursor()
+        self._by_shard = job.config.cut == "shard"
+        self.cursor = Cursor(replays=not self._by_shard)
         self.log = InboxLog(job.vault, job.global_rank, host.device)
         self.collectives = CollectiveTap(self.cursor, self.log, topology, job.groups, self)
         self.boundaries = BoundaryTap(self.cursor, self.log, topology)
@@ -92,6 +95,9 @@ class Session:
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         self._began: tuple[int, float] | None = None
+        self._next = 0
+        self._newest = 0
+        self._stepped = False
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
 
@@ -135,7 +141,8 @@ class Session:
         if timeline.forget(iteration):
             self.job.vault.trim(self._frame_classes(timeline.newest))
         key = HeaderKey(iteration)
-        known = self.log.read_state(key) if self._position.iteration == iteration else None
+        known = self.log.read_state(key) if iteration <= self._newest else None
+        self._newest, self._stepped = max(self._newest, iteration), False
         if known is None:
             self.log_start(iteration, self.host.start_state())
         else:
@@ -187,16 +194,30 @@ class Session:
             iteration: the iteration, from 1.
             run: runs the host's training step once.
         """
+        return self._run_up_to(iteration, run)
+
+    def _run_up_to(self, last: int, run: Callable[[], Any]) -> Any:
+        """Runs what is next, up to the iteration `last`, and again what is given up; returns what
+        the last one returns.
+
+        Args:
+            run: runs the host's training step of the last one.
+        """
         while True:
+            iteration = self._next
             self.begin(iteration)
             try:
-                result = run()
+                result = run() if iteration == last else self.host.run_step(iteration)
             except Exception as error:
                 self._give_up(error)
                 if self._result is not None:
+                    self._next = last + 1
                     return self._take_result()
             else:
-                return self._finish(iteration, result)
+                result = self._finish(iteration, result)
+                self._next = iteration + 1
+                if iteration == last:
+                    return result
 
     def _finish(self, iteration: int, result: Any) -> Any:
         counts = dict(self.cursor.counts)
@@ -229,16 +250,21 @@ class Session:
             self._replayed(iteration)
             return result
         if self._position.committed < iteration:
-            self.commit()
+            # There was nothing to update, or too large a gradient.
+            self.commit(updates=False)
         self.capture(iteration, self.steering.timeline.at(iteration).frame(iteration))
         self._move(replace(self._position, progress=Progress.AFTER_STEP))
         return result
 
-    def commit(self) -> None:
+    def commit(self, updates: bool = True) -> None:
         """Right before the first parameter changes: every rank holds its final gradients (design
         section 6).
+
+        Args:
+            updates: the optimizers make their update now; else it is left out in this iteration.
         """
         iteration = self.cursor.iteration
+        self._stepped = updates
         if self.cursor.mode is Mode.REPLAY:
             self.host.drop_frozen_gradients()
             if iteration == self._position.iteration:
@@ -297,7 +323,8 @@ class Session:
         self.copier.copy(entries[:half], pieces[:half], data)
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
-        meta, ends = to_meta(iteration, plan, pieces), operator_ends(pieces, nbytes)
+        meta = to_meta(iteration, plan, pieces, self._stepped)
+        ends = operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
         copied = self._frame
 
@@ -327,6 +354,8 @@ class Session:
         steering = self.steering
         timeline, options = steering.timeline, steering.options
         logs = {**self.host.inbox(), "steering": (1, steering.log_bytes(self.topology.world_size))}
+        if self._by_shard:
+            del logs["boundary"]
 
         def need(schedule: Schedule) -> Need:
             spills = self.job.link is not None and self.job.config.spill_interval > 0
@@ -359,6 +388,7 @@ class Session:
         self._position = Position(iteration, Progress.RETURNED, iteration, iteration)
         self.cursor.mode, self.cursor.iteration = Mode.LIVE, iteration
         dist.barrier()
+        self._next = self._newest = iteration + 1
         self._move(Position(iteration + 1, Progress.BEFORE_COMMIT, iteration, iteration))
 
     def _on_notice(self, notice: Notice) -> None:
@@ -383,7 +413,7 @@ class Session:
             self.steering.pace.replicated(notice["nbytes"], notice["seconds"])
 
     def _on_verdict(self, epoch: int, committed: int) -> None:
-        failed = self._stage_failed()
+        failed = self._gives_up()
         with self._lock:
             self._verdict = committed
             p = self._position
@@ -394,8 +424,9 @@ class Session:
         # cut.
         self._abort(epoch, None if failed else self.topology.spans_stages)
 
-    def _stage_failed(self) -> bool:
-        return self.topology.pp_rank in self.topology.stages_of(self._dead)
+    def _gives_up(self) -> bool:
+        """Whether this rank leaves the iteration that it is in, wherever it is."""
+        return self._by_shard or self.topology.pp_rank in self.topology.stages_of(self._dead)
 
     def _abort(self, epoch: int, crosses: Callable[[tuple[int, ...]], bool] | None = None) -> None:
         self.job.groups.abort(epoch, self.job.store_port, crosses)
@@ -404,7 +435,7 @@ class Session:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
         epoch = self.job.notices.failure(error, self._handled)
         committed = self.job.notices.wait("verdict", epoch)["committed"]
-        if committed < self.cursor.iteration or self._stage_failed():
+        if committed < self.cursor.iteration or self._gives_up():
             raise Interrupted(f"iteration {self.cursor.iteration} is given up") from error
 
     def pause(self, error: Exception) -> None:
@@ -413,10 +444,12 @@ class Session:
             if self._frozen and not self._settled and self._verdict is not None:
                 self._settle()
         saved = self.host.live_state()
-        counts = self.cursor.counts
+        counts, iteration = self.cursor.counts, self.cursor.iteration
         self._recover(error)
+        if self._next <= iteration:
+            self._run_up_to(iteration, lambda: self.host.run_step(iteration))
         self.cursor.counts = counts
-        if self._stage_failed():
+        if self._gives_up():
             self.host.load_live_state(saved)
         self.cursor.refeed = self.cursor.iteration
 
@@ -467,9 +500,11 @@ class Session:
         """
         facts = self.job.facts
         assert facts is not None
-        self._position = facts.positions[self.job.global_rank]
+        last = self._position = facts.positions[self.job.global_rank]
         self._dead = facts.dead
-        self.cursor.iteration = self._position.iteration
+        self.cursor.iteration = self._newest = self._next = last.iteration
+        # The data iterator of a replacement begins with this one.
+        self.batches.newest = last.iteration + (last.progress is Progress.RETURNED)
         while True:
             try:
                 self._carry_out(facts)
@@ -478,8 +513,13 @@ class Session:
                 self._only_superseded(error, facts.epoch)
             facts = self._next_facts(facts.epoch)
         if self._result is not None:
+            self._next = iteration + 1
             return (self._take_result(),)
-        if iteration == facts.committed:
+        returned = last.progress is Progress.RETURNED
+        if returned and self._next <= iteration:
+            self._run_up_to(iteration, lambda: self.host.run_step(iteration))
+        if returned if self._by_shard else iteration == facts.committed:
+            self._next = iteration + 1
             state = self.log.read_state(ResultKey(iteration))
             self.host.load_start_state(state["state"])
             self.cursor.mode, self.cursor.refeed = Mode.LIVE, iteration
@@ -497,7 +537,7 @@ class Session:
     def _carry_out(self, facts: Facts) -> None:
         """Regroup, rebuild if this stage failed, and wait until everybody can go on."""
         try:
-            plan = make_plan(facts, self.topology)
+            plan = make_shard_plan(facts) if self._by_shard else make_plan(facts, self.topology)
         except NothingToRebuildFrom as error:
             self.job.send("hopeless", reason=str(error), state_lost=True)
             raise
@@ -508,12 +548,49 @@ class Session:
         self.collectives.forget()
         self._agree(plan)
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
-        stage = plan.stage(self.topology.pp_rank)
         self.cursor.refeed = plan.committed
+        if self._by_shard:
+            self._go_back(plan)
+            return
+        stage = plan.stage(self.topology.pp_rank)
         if stage is None:
             self._joined(plan, replayed=0)
         else:
             self._walk(plan, stage)
+
+    def _go_back(self, plan: Plan) -> None:
+        """Brings this rank to the start of the iteration behind the one that counts as done."""
+        at, bases = plan.committed, dict(plan.shards)
+        base = bases.get(self.job.global_rank)
+        was = self._position
+        if not bases.keys().isdisjoint(self.topology.stage(self.topology.pp_rank)):
+            self._rebuild_shards(base, at)
+        if base is not None:
+            state = self.log.read_state(HeaderKey(at + 1)) if self._newest > at else None
+            if state is not None:
+                self.steering.load_state(state["steering"])
+        self._next = at + 1
+        if reached(was) > at or was.progress is not Progress.RETURNED:
+            self._move(Position(at + 1, Progress.BEFORE_COMMIT, at, was.logged))
+        told = {"from": was.iteration, "iteration": at, "base": base}
+        self.job.events.emit("went-back", epoch=plan.epoch, **told)
+        self._joined(plan, replayed=0)
+
+    def _rebuild_shards(self, base: int | None, at: int) -> None:
+        """Rebuilds what is to be rebuilt in this stage, and gathers its parameters."""
+        mode, progress = self.cursor.mode, self.cursor.progress
+        self.cursor.mode, self.cursor.progress = Mode.REPLAY, Progress.BEFORE_COMMIT
+        try:
+            self.host.begin_replay()
+            if base is not None:
+                began = time.perf_counter()
+                num_updates = rebuild_shard(self.host, self.frames, self.log, base, at)
+                ms = (time.perf_counter() - began) * 1000
+                self.job.events.emit("rebuilt", iteration=at, base=base, updates=num_updates, ms=ms)
+            self.host.sync_params()
+            self.host.end_replay()
+        finally:
+            self.cursor.mode, self.cursor.progress = mode, progress
 
     def _agree(self, plan: Plan) -> None:
         """Plans are pure; that all ranks made the same one is still checked, not assumed."""

@@ -62,6 +62,9 @@ class Options:
     def of(cls, config: Config) -> Options:
         """What the flags leave open."""
         fixed, policy = config.window, config.window_policy
+        if config.cut == "shard":
+            # It needs the gradients of each iteration.
+            policy = WindowPolicy.ROLLING.value
         return cls(
             policies=tuple(WindowPolicy) if policy == "auto" else (WindowPolicy(policy),),
             windows=AUTO_WINDOWS if fixed == "auto" else range(fixed, fixed + 1),

@@ -197,6 +197,8 @@ class Desk:
     def _count(self, entry: Entry) -> None:
         counters, kind = self._equipment.counters, split_key(entry.key)[0]
         what = "captured" if kind == "frame" else "logged"
+        if kind == "boundary":
+            counters.add("boundary entries")
         counters.add(f"{what} entries")
         counters.add(f"{what} bytes", entry.nbytes)
         counters.reach(f"largest {what} entry", entry.nbytes)

@@ -1,8 +1,7 @@
 """Where a stage's inputs pass: logged in training, fed back in replay.
 
 Three taps share one cursor: collectives, pipeline boundaries, data batches. What they decide
-    depends only on the
-cursor (iteration, progress, mode) and on whether the group crosses stages.
+depends only on the cursor (iteration, progress, mode, cut) and on whether the group crosses stages.
 """
 
 from __future__ import annotations
@@ -47,6 +46,8 @@ class Cursor:
         refeed: the iteration whose small talk was cut by a failure: results that a peer already has
             are taken from its log instead of asking peers that have moved on.
         counts: entries so far in this iteration, by kind and place.
+        replays: iterations are replayed from what entered the stage (the stage cut). Else nothing
+            of it is logged, and an iteration that is cut short anywhere is run again as a whole.
     """
 
     mode: Mode = Mode.OFF
@@ -54,6 +55,7 @@ class Cursor:
     progress: Progress = Progress.RETURNED
     refeed: int = -1
     counts: Counter[str] = field(default_factory=Counter)
+    replays: bool = True
 
     def take(self, place: str) -> int:
         """The next ordinal at a place."""
@@ -63,7 +65,8 @@ class Cursor:
 
     @property
     def small_talk(self) -> bool:
-        return self.progress.order >= Progress.AFTER_STEP.order
+        begin = Progress.AFTER_STEP if self.replays else Progress.RETURNED
+        return self.progress.order >= begin.order
 
 
 class Gate(Protocol):
@@ -161,6 +164,12 @@ class CollectiveTap:
         label = self._groups.name(group)
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
+        if not (self._cursor.replays or self._cursor.small_talk):
+            if crosses and not self._apart:
+                self._gate.reached("norm")
+            result = self._run(host, bound, crosses)
+            self._seen(members)
+            return result
         ours = self._apart or (
             len(members) > 1
             and (crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE))
@@ -269,7 +278,7 @@ class BoundaryTap:
 
     def sent(self, direction: Direction, tensor: torch.Tensor | None) -> None:
         """Logs one tensor that is being sent. The caller may free it once this returns."""
-        if tensor is not None and self._cursor.mode is not Mode.OFF:
+        if tensor is not None and self._cursor.mode is not Mode.OFF and self._cursor.replays:
             ordinal = self._cursor.take(f"sent/{direction}")
             self._log.write(BoundaryKey(self._cursor.iteration, direction, ordinal), [tensor])
 
@@ -303,6 +312,8 @@ class BatchTap:
     def __init__(self, cursor: Cursor, log: InboxLog) -> None:
         self._cursor, self._log = cursor, log
         self._drawn: Counter[tuple[int, int]] = Counter()
+        self.newest = 0
+        """The newest iteration of which batches were drawn, here or by a predecessor."""
 
     def draw(self, chunk: int, draw: Callable[[], Any]) -> Any:
         """Stands around `next` of a training data iterator."""
@@ -310,7 +321,8 @@ class BatchTap:
             return draw()
         iteration = self._cursor.iteration
         key = BatchKey(iteration, chunk, self._cursor.take(f"batch/{chunk}"))
-        if self._cursor.mode is Mode.REPLAY or key.microbatch < self._drawn[iteration, chunk]:
+        known = iteration < self.newest or key.microbatch < self._drawn[iteration, chunk]
+        if self._cursor.mode is Mode.REPLAY or known:
             batch = self._log.read_state(key)
             if batch is None:
                 raise MissingFromInbox(f"replay needs {key}, which is not in this rank's log")
@@ -320,7 +332,7 @@ class BatchTap:
         self._drawn = Counter(
             {(iteration, c): n for (i, c), n in self._drawn.items() if i == iteration}
         )
-        self._drawn[iteration, chunk] = key.microbatch + 1
+        self._drawn[iteration, chunk], self.newest = key.microbatch + 1, iteration
         return batch
 
 

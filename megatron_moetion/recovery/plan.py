@@ -60,17 +60,22 @@ class Position:
 
 @dataclass(frozen=True)
 class FrameInfo:
-    """What the plan needs to know of a sealed frame; `skipped` operators are not in it."""
+    """What the plan needs to know of a sealed frame; `skipped` operators are not in it.
+
+    `light` are the operators of which it holds compute weights or, under the shard cut, gradients.
+    """
 
     iteration: int
     full: frozenset[Part]
     light: frozenset[str]
     skipped: frozenset[str] = frozenset()
+    stepped: bool = True
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> FrameInfo:
         full = frozenset(Part.from_json(row) for row in meta["full"])
-        return cls(meta["iteration"], full, frozenset(meta["light"]), frozenset(meta["skipped"]))
+        light, skipped = frozenset(meta["light"]), frozenset(meta["skipped"])
+        return cls(meta["iteration"], full, light, skipped, meta["stepped"])
 
     @property
     def operators(self) -> frozenset[str]:
@@ -115,12 +120,22 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What everybody does; `stages` has an entry for each failed stage, all others wait."""
+    """What everybody does.
+
+    Attributes:
+        epoch: of the process groups that are made.
+        committed: the iteration behind which training goes on.
+        dead: global ranks that are replaced.
+        stages: under the stage cut, an entry for each failed stage; all others wait.
+        shards: under the shard cut, (global rank, base) of each rank that rebuilds itself by
+            updates; all others keep what they have.
+    """
 
     epoch: int
     committed: int
     dead: tuple[int, ...]
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StagePlan, ...] = ()
+    shards: tuple[tuple[int, int], ...] = ()
 
     def stage(self, pp_rank: int) -> StagePlan | None:
         return next((s for s in self.stages if s.pp_rank == pp_rank), None)
@@ -134,7 +149,7 @@ class Plan:
             f"stage {s.pp_rank}: base {s.base}, replay "
             + (f"{s.replay[0]}..{s.replay[-1]}" if s.replay else "nothing")
             for s in self.stages
-        )
+        ) + "; ".join(f"rank {rank}: base {base}" for rank, base in self.shards)
         return f"epoch {self.epoch}, committed {self.committed}, dead {list(self.dead)}: {stages}"
 
 
@@ -233,3 +248,55 @@ def make_plan(facts: Facts, topology: Topology) -> Plan:
 def commit_point(positions: Iterable[Position]) -> int:
     """The committed iteration: the furthest that any survivor has passed (design section 6)."""
     return max((p.committed for p in positions), default=0)
+
+
+def reached(position: Position) -> int:
+    """The newest iteration that a rank has been through."""
+    return position.iteration - (position.progress is not Progress.RETURNED)
+
+
+def shard_base(frames: Sequence[FrameInfo], at: int) -> int | None:
+    """The newest iteration from whose frame on a rank can rebuild its state of `at`, or None.
+
+    Walks consecutive frames. In each, an operator must be there in full, or with its gradient if
+    any of it was there before; an iteration without an update needs none.
+    """
+    by_iteration = {f.iteration: f for f in frames}
+    for base in sorted((i for i in by_iteration if i <= at), reverse=True):
+        parts: frozenset[Part] = frozenset()
+        for iteration in range(base, at + 1):
+            frame = by_iteration.get(iteration)
+            if frame is None:
+                break
+            known = {part.operator for part in parts} if frame.stepped else set()
+            if known - complete(frame.full) - frame.light:
+                break
+            parts |= frame.full
+        else:
+            if by_iteration[at].operators <= complete(parts):
+                return base
+    return None
+
+
+def make_shard_plan(facts: Facts) -> Plan:
+    """Decides at which iteration training goes on, and who has to rebuild its state of then.
+
+    It is the newest that all ranks have been through and for which every rank that lacks its state,
+    as it died or is further, has frames. Ranks that are further make their updates undone.
+
+    Raises:
+        NothingToRebuildFrom: there is no such iteration.
+    """
+    newest = min(reached(position) for position in facts.positions.values())
+    for at in range(newest, -1, -1):
+        further = {r for r, position in facts.positions.items() if position.committed > at}
+        ranks = sorted(further | set(facts.dead))
+        bases = [(rank, shard_base(facts.frames.get(rank, ()), at)) for rank in ranks]
+        found = tuple((rank, base) for rank, base in bases if base is not None)
+        if len(found) == len(ranks):
+            return Plan(facts.epoch, at, tuple(sorted(facts.dead)), shards=found)
+    held = {r: [f.iteration for f in frames] for r, frames in sorted(facts.frames.items())}
+    raise NothingToRebuildFrom(
+        f"no iteration up to {newest} can be rebuilt: no complete set of frames is left (sealed "
+        f"frames by rank: {held})"
+    )

@@ -20,7 +20,7 @@ import torch
 from megatron_moetion.host import Host
 from megatron_moetion.inbox.key import FrameKey, HeaderKey
 from megatron_moetion.inbox.log import InboxLog
-from megatron_moetion.operators import ParamState
+from megatron_moetion.operators import GRADIENT, LIGHT, ParamState
 from megatron_moetion.parts import Part, Stretch, complete, covered, missing, within
 from megatron_moetion.recovery.failure import MissingFromInbox, ReplayDiverged
 from megatron_moetion.recovery.plan import NothingToRebuildFrom, StagePlan
@@ -73,7 +73,7 @@ class Frames:
     ) -> None:
         taken, known, fresh = {part.operator for part in new}, _by_operator(loaded), {}
         for piece, data in pieces:
-            if piece.operator not in taken or piece.tensor == "light":
+            if piece.operator not in taken or piece.tensor in (LIGHT, GRADIENT):
                 continue
             state = self._states[piece.param]
             if piece.param not in fresh:
@@ -86,10 +86,34 @@ class Frames:
         """Puts the light pieces of a frame into the model, where no part is loaded."""
         known = _by_operator(loaded)
         for piece, data in pieces:
-            if piece.tensor == "light" and piece.operator != BUFFERS:
+            if piece.tensor == LIGHT and piece.operator != BUFFERS:
                 live = self._states[piece.param].light
                 for start, end in missing(known[piece.operator], live.numel()):
                     live[start:end].copy_(data[start:end])
+
+    def put_gradients(self, iteration: int, operators: AbstractSet[str]) -> int:
+        """Puts the gradients of some operators in place, and none for all others.
+
+        Returns:
+            For how many parameters there is one.
+        """
+        for state in self._states.values():
+            assert state.gradient is not None
+            state.gradient.put(None)
+        pieces = [
+            (self._states[piece.param], data)
+            for piece, data in self.read(iteration)[0]
+            if piece.tensor == GRADIENT and piece.operator in operators
+        ]
+        for state, data in pieces:
+            assert state.gradient is not None
+            state.gradient.put(data.to(self._host.device, copy=True).view(state.main.shape))
+        return len(pieces)
+
+    def stepped(self, iteration: int) -> bool:
+        """Whether the optimizer made its update in the iteration of a frame."""
+        entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
+        return entry is not None and bool(entry.meta["stepped"])
 
     def load_buffers(self, iteration: int) -> None:
         """Puts the model buffers of a frame back."""
@@ -124,7 +148,7 @@ class Frames:
 
     @staticmethod
     def _same(state: ParamState, piece: Piece, data: torch.Tensor, parts: Sequence[Part]) -> bool:
-        named = {"light": state.light, "main": state.main}
+        named = {LIGHT: state.light, "main": state.main}
         live = (
             named[piece.tensor] if piece.tensor in named else state.states.tensors()[piece.tensor]
         )
@@ -172,7 +196,7 @@ def _by_operator(parts: Parts) -> defaultdict[str, list[Part]]:
 
 def _by_element(piece: Piece, state: ParamState) -> bool:
     """Whether a piece goes with the elements of the shard; Adam's step counter does not."""
-    if piece.tensor == "light" or piece.stretch is not None:
+    if piece.tensor == LIGHT or piece.stretch is not None:
         return True
     return piece.shape == tuple(state.main.shape)
 
@@ -257,3 +281,45 @@ class Rebuild:
                 f"{sorted(self._lacking)[0]} has no full state after the replay"
             )
         self._host.end_replay()
+
+
+def rebuild_shard(host: Host, frames: Frames, log: InboxLog, base: int, at: int) -> int:
+    """Rebuilds the state that this rank had after the update of iteration `at`.
+
+    What is in full in a frame is loaded; what was loaded before is updated by the host's own
+    optimizer with the gradient that it took in that iteration. Nothing is computed that a kernel
+    could compute otherwise a second time, and no other rank is asked for anything.
+
+    Source: design section 10.
+
+    Args:
+        base: the iteration of the first frame.
+
+    Returns:
+        How many parameters were updated, over all iterations.
+
+    Raises:
+        MissingFromInbox: the optimizer's settings of an iteration are not in the log.
+        NothingToRebuildFrom: a frame is gone, or an operator is not in full in any of them.
+    """
+    loaded: frozenset[Part] = frozenset()
+    num_updates = 0
+    for iteration in range(base, at + 1):
+        full = frames.read(iteration)[1]
+        anew = complete(full)
+        earlier = frozenset(part for part in loaded if part.operator not in anew)
+        if iteration > base and frames.stepped(iteration):
+            state = log.read_state(HeaderKey(iteration))
+            if state is None:
+                raise MissingFromInbox(f"{HeaderKey(iteration)} is not in this rank's log")
+            updated = frozenset(part.operator for part in earlier)
+            num_updates += frames.put_gradients(iteration, updated)
+            host.update(state)
+        loaded = frames.load(iteration, earlier)
+    lacking = frozenset(o.name for o in host.operators) - complete(loaded)
+    if lacking:
+        raise NothingToRebuildFrom(f"{sorted(lacking)[0]} has no full state at iteration {at}")
+    frames.put_gradients(at, frozenset())
+    frames.load_buffers(at)
+    host.publish_main([state for operator in host.operators for state in operator.params])
+    return num_updates

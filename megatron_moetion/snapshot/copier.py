@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_moetion.operators import GRADIENT
 from megatron_moetion.snapshot.frame import BUFFERS, Piece, Source, view
 
 # Parts of it carry no types.
@@ -100,8 +101,9 @@ class Copier(ABC):
     ) -> Ticket:
         """Starts copying part of a frame.
 
-        Model buffers may be overwritten once this returns. The other sources must stay as they
-        are until a stream that waited for the ticket (`Ticket.wait_on_device`) writes to them.
+        Model buffers and gradients may be overwritten once this returns: they are copied on the
+        device first, which takes as much of its memory. The other sources must stay as they are
+        until a stream that waited for the ticket (`Ticket.wait_on_device`) writes to them.
         `data` belongs to the copy until it is sealed or, without a seal, until
         `Ticket.wait_for_bytes` returns.
 
@@ -110,8 +112,8 @@ class Copier(ABC):
             pieces: their places, from `frame.layout`.
             data: uint8 CPU tensor of the layout's size; asynchronous only when it is pinned.
         """
-        # Forward passes change buffers, long before the next optimizer step would wait.
-        steady = [entry.operator != BUFFERS for entry in entries]
+        # The next forward and backward passes change them, before the next step would wait.
+        steady = [e.operator != BUFFERS and e.tensor != GRADIENT for e in entries]
         return self._start([e.live for e in entries], [view(p, data) for p in pieces], steady)
 
     def copy_passing(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_moetion.operators import Operator, ParamState
+from megatron_moetion.operators import LIGHT, Operator, ParamState
 from megatron_moetion.parts import Stretch
 from megatron_moetion.schedule import FramePlan
 
@@ -39,7 +39,7 @@ class Piece:
     Attributes:
         operator: its operator.
         param: its parameter's canonical name (or the buffer's).
-        tensor: `light`, `main`, or the optimizer's name for a state tensor.
+        tensor: `light`, `gradient`, `main`, or the optimizer's name for a state tensor.
         dtype: torch dtype without the `torch.` prefix.
         shape: shape of the tensor on this rank; of a stretch its number of elements.
         offset: bytes from the start of the frame.
@@ -96,9 +96,11 @@ def sources(
                     yield Source(part.operator, state.name, name, piece, here)
     for operator in plan.light:
         for state in operators[operator].params:
-            yield Source(operator, state.name, "light", state.light)
+            name, live_rest = state.rest
+            if live_rest is not None:
+                yield Source(operator, state.name, name, live_rest)
     for name, tensor in buffers.items():
-        yield Source(BUFFERS, name, "light", tensor)
+        yield Source(BUFFERS, name, LIGHT, tensor)
 
 
 def layout(entries: Sequence[Source]) -> tuple[tuple[Piece, ...], int]:
@@ -132,8 +134,14 @@ def operator_ends(pieces: Sequence[Piece], nbytes: int) -> list[tuple[str, int]]
     ]
 
 
-def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The frame's JSON description, kept in the vault beside its bytes."""
+def to_meta(
+    iteration: int, plan: FramePlan, pieces: Sequence[Piece], stepped: bool = True
+) -> dict[str, Any]:
+    """The frame's JSON description, kept in the vault beside its bytes.
+
+    Args:
+        stepped: the optimizer made its update in that iteration; it does not after an overflow.
+    """
     rows = [
         [p.operator, p.param, p.tensor, p.dtype, list(p.shape), p.offset, p.host, p.stretch]
         for p in pieces
@@ -143,6 +151,7 @@ def to_meta(iteration: int, plan: FramePlan, pieces: Sequence[Piece]) -> dict[st
         "full": [part.to_json() for part in plan.full],
         "light": list(plan.light),
         "skipped": list(plan.skipped),
+        "stepped": stepped,
         "pieces": rows,
     }
 

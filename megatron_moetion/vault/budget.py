@@ -132,7 +132,7 @@ def frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes
     full = [(operators[part.operator], part) for part in plan.full]
     light = [operators[name] for name in plan.light]
     num_pieces = sum(4 * len(o.params) for o, _ in full) + sum(len(o.params) for o in light)
-    nbytes = sum(o.part_bytes(part) for o, part in full) + sum(o.light_bytes for o in light)
+    nbytes = sum(o.part_bytes(part) for o, part in full) + sum(o.rest_bytes for o in light)
     return nbytes + buffer_bytes + num_pieces * ALIGNMENT_BYTES
 
 

@@ -75,6 +75,7 @@ class MegatronHost:
         model: model chunks, wrapped in DDP.
         data_iterators: the training data iterator of each chunk; None where a rank reads no data.
         config: the transformer config that the schedules use.
+        gradients: frames hold gradients, see `operators.ParamState.gradient`.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class MegatronHost:
         scheduler: Any,
         data_iterators: Sequence[Any],
         config: Any,
+        gradients: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.data_iterators, self._config = list(data_iterators), config
-        self.operators: Sequence[Operator] = find_operators(model, optimizer)
+        self.operators: Sequence[Operator] = find_operators(model, optimizer, gradients)
         self.device = next(iter(model[0].parameters())).device
         self.call: Call | None = None
         self.loop: State = {"logged": False, "report_memory": True, "flops": None, "losses": {}}
@@ -336,6 +338,14 @@ class MegatronHost:
     def drop_frozen_gradients(self) -> None:
         for state in self._frozen:
             state.main.grad = None
+
+    def update(self, state: State) -> None:
+        inner = [o.optimizer for o in inner_optimizers(self.optimizer)]
+        groups = [group for optimizer in inner for group in optimizer.param_groups]
+        for group, values in zip(groups, state["groups"], strict=True):
+            group.update(values)
+        for optimizer in inner:
+            optimizer.step()
 
     def publish_main(self, states: Sequence[ParamState]) -> None:
         with torch.no_grad():

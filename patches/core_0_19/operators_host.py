@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess, prove_ownership
+from megatron_moetion.operators import (
+    GradientAccess,
+    Kind,
+    Operator,
+    ParamState,
+    StateAccess,
+    prove_ownership,
+)
 
 _LAYER = re.compile(r"^(?P<stack>.*?layers)\.(?P<layer>\d+)\.(?P<rest>.*)$")
 _EXPERT = re.compile(
@@ -33,8 +40,13 @@ def _named(model: Sequence[torch.nn.Module], what: str) -> Iterator[tuple[str, A
                 yield f"chunk{index}.{name.replace('module.', '')}", value
 
 
-def find_operators(model: Sequence[torch.nn.Module], optimizer: Any) -> list[Operator]:
+def find_operators(
+    model: Sequence[torch.nn.Module], optimizer: Any, gradients: bool = False
+) -> list[Operator]:
     """Groups every trainable parameter into operators; proves that each is owned exactly once.
+
+    Args:
+        gradients: give access to what the optimizers' updates take.
 
     Raises:
         operators.OwnershipError: naming what is missing or owned twice.
@@ -50,7 +62,9 @@ def find_operators(model: Sequence[torch.nn.Module], optimizer: Any) -> list[Ope
         operator.numel += -(-param.numel() // sharers.get(id(param), 1))
         nothing = torch.empty(0, dtype=param.dtype, device=param.device)
         light, main, state = shards.get(id(param), (nothing, nothing, {}))
-        operator.params.append(ParamState(name, param, light, main, StateAccess(state, main)))
+        access = StateAccess(state, main)
+        gradient = GradientAccess(main, "grad") if gradients else None
+        operator.params.append(ParamState(name, param, light, main, access, gradient))
     prove_ownership(list(found.values()), parameters, [main for _, main, _ in shards.values()])
     return list(found.values())
 

@@ -25,6 +25,7 @@ from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.recovery.plan import Progress
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
 from megatron_moetion.steering import Options, Steering
@@ -260,7 +261,8 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     host_view.load_loop_state(state)
     facts = job().facts
     assert facts is not None
-    if iteration == facts.committed:
+    returned = facts.positions[job().global_rank].progress is Progress.RETURNED
+    if returned if job().config.cut == "shard" else iteration == facts.committed:
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
@@ -303,7 +305,8 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     this = job()
     _, data_iterator, model, optimizer, scheduler, config, *_ = args
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-    host_view = MegatronHost(model, optimizer, scheduler, iterators, config)
+    gradients = this.config.cut == "shard"
+    host_view = MegatronHost(model, optimizer, scheduler, iterators, config, gradients)
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
     buffer_bytes = sum(tensor.nbytes for tensor in host_view.buffers().values())

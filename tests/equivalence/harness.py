@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
 TORCHRUN = "torch.distributed.run"
+CUTS = ("stage", "shard")
 LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
     r".*?(lm loss: .*?nan iterations: +\d+)"

@@ -8,7 +8,7 @@ run, eleven iterations apart.
 
 import pytest
 
-from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
+from .harness import CUTS, Run, Runner, assert_same_bits, assert_within_claim, kills
 
 PLACES = (
     "forward:1",
@@ -140,8 +140,9 @@ def test_a_failure_in_iterations_one_and_two_and_any_kind_of_death_is_recovered(
     }
 
 
+@pytest.mark.parametrize("cut", CUTS)
 def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
-    runner: Runner, off: Run
+    runner: Runner, off: Run, cut: str
 ) -> None:
     window = 2
     failures = []
@@ -154,7 +155,8 @@ def test_a_second_failure_in_each_iteration_after_a_recovery_is_recovered(
     last = failures[-1][1] + APART
     # In parts under the rolling policy too.
     flags = ["--moetion", "--moetion-window", str(window), "--moetion-split", "16"]
-    run = runner.run("again", iterations=last, flags=[*flags, *kills(*failures)])
+    flags += ["--moetion-cut", cut, *kills(*failures)]
+    run = runner.run(f"again-{cut}", iterations=last, flags=flags)
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, last)
     assert [e["recovered"] for e in run.recoveries] == [[rank] for rank, *_ in failures]

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from megatron_moetion.events import FOLDER
 
-from .harness import Run, Runner, assert_same_bits, follow, kill_workers
+from .harness import CUTS, Run, Runner, assert_same_bits, follow, kill_workers
 
 MOMENTS: dict[int, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
     8: ((0, 1, 2, 3), "", ()),
@@ -39,10 +41,13 @@ def _kill_at_each_moment(directory: Path) -> None:
             return
 
 
+@pytest.mark.parametrize("cut", CUTS)
 def test_any_number_of_workers_is_replaced_as_long_as_their_agents_live(
-    runner: Runner, off: Run
+    runner: Runner, off: Run, cut: str
 ) -> None:
-    run = runner.run("several", iterations=LAST, flags=["--moetion"], meddle=_kill_at_each_moment)
+    flags = ["--moetion", "--moetion-cut", cut]
+    name = f"several-{cut}"
+    run = runner.run(name, iterations=LAST, flags=flags, meddle=_kill_at_each_moment)
     assert run.code == 0, run.tail()
     killed = [sorted({*first, *second}) for first, _, second in MOMENTS.values()]
     assert [e["recovered"] for e in run.recoveries] == killed

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Runner, assert_same_bits, kills
+from .harness import CUTS, Runner, assert_same_bits, kills
 
 ITERATIONS = 14
 FAILURES = [(2, 4, "backward:1"), (1, 9, "optimizer")]
@@ -23,20 +23,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "replicated": {"without": ["--use-distributed-optimizer"]},
     "tensor-parallel": {"model": {"tp_size": 2, "ep_size": 1, "dp_size": 1}},
     "interleaved": {"variant": "overlap", "layers": 4, "model": {"layers_per_virtual_stage": 1}},
+    "one-stage": {"model": {"pp_size": 1, "ep_size": 2, "dp_size": 4}},
     "four-stages": {"layers": 4, "model": {"pp_size": 4, "ep_size": 1, "dp_size": 1}},
 }
 
 
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_recovered_bit_for_bit(runner: Runner, name: str) -> None:
+def test_a_variant_is_recovered_bit_for_bit(runner: Runner, name: str, cut: str) -> None:
     options = dict(VARIANTS[name])
     extra = options.pop("model_flags", [])
     off = runner.off(f"{name}-off", iterations=ITERATIONS, flags=extra, **options)
     assert off.code == 0, off.tail()
     run = runner.run(
-        f"{name}-killed",
+        f"{name}-{cut}",
         iterations=ITERATIONS,
-        flags=[*extra, "--moetion", *kills(*FAILURES)],
+        flags=[*extra, "--moetion", "--moetion-cut", cut, *kills(*FAILURES)],
         **options,
     )
     assert run.code == 0, run.tail()

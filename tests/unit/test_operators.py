@@ -61,7 +61,7 @@ def test_an_optimizer_shard_of_no_operator_is_refused() -> None:
 
 def test_bytes_are_those_of_bf16_weights_and_of_an_fp32_main_with_two_moments() -> None:
     made = operator("a", 3, 4)
-    assert (made.light_bytes, made.full_bytes) == (2 * 7, 12 * 7)
+    assert (made.rest_bytes, made.full_bytes) == (2 * 7, 12 * 7)
 
 
 def test_the_table_has_one_row_per_kind_and_adds_up() -> None:

@@ -22,7 +22,10 @@ from megatron_moetion.recovery.plan import (
     commit_point,
     dense_from,
     make_plan,
+    make_shard_plan,
     needs_result,
+    reached,
+    shard_base,
 )
 from megatron_moetion.schedule import FramePlan, Schedule, Unit, WindowPolicy, generate, order
 from megatron_moetion.snapshot.frame import to_meta
@@ -288,3 +291,76 @@ def test_positions_and_frames_survive_their_json_form() -> None:
     there = FrameInfo(3, frozenset(plan.full), frozenset("bd"), frozenset("c"))
     assert FrameInfo.from_meta(meta) == there
     assert there.operators == frozenset("abcd")
+
+
+@st.composite
+def shard_scenes(draw: st.DrawFn) -> tuple[list[Schedule], int, Facts]:
+    """Ranks under the shard cut, some dead, with frames that may lag; and the first iteration."""
+    window, start = draw(st.integers(1, 8)), draw(st.sampled_from([0, 3]))
+    committed, count = start + draw(st.integers(0, 20)), draw(st.integers(1, 4))
+    plans = [draw(schedules(window, WindowPolicy.ROLLING)) for _ in range(count)]
+    where = [draw(positions(start, committed)) for _ in range(count)]
+    # Whoever counts as further than another has waited for it.
+    where = [w for w in where if w[0].committed <= min(p.iteration for p, _ in where)] or where[:1]
+    lags = [draw(st.integers(0, 1)) for _ in where]
+    frames = {
+        rank: held(plans[rank], position, start, max(start, newest - lags[rank]))
+        for rank, (position, newest) in enumerate(where)
+    }
+    skipped = draw(st.sets(st.integers(start + 1, committed + 2), max_size=3))
+    frames = {
+        rank: tuple(replace(f, stepped=f.iteration not in skipped) for f in each)
+        for rank, each in frames.items()
+    }
+    dead = draw(st.sets(st.integers(0, len(where) - 1), min_size=1))
+    told = {rank: position for rank, (position, _) in enumerate(where)}
+    return plans, start, Facts(1, committed, tuple(sorted(dead)), told, frames)
+
+
+@MANY
+@given(shard_scenes())
+def test_a_shard_plan_loads_each_part_once_and_has_each_update_since(
+    scene: tuple[list[Schedule], int, Facts],
+) -> None:
+    plans, start, facts = scene
+    plan = make_shard_plan(facts)
+    at = plan.committed
+    newest = min(reached(p) for p in facts.positions.values())
+    # At most one frame lags, so at most one iteration is lost that all have been through.
+    assert max(start, newest - 1) <= at <= newest
+    rebuilt = dict(plan.shards)
+    assert rebuilt.keys() == {
+        r for r, p in facts.positions.items() if r in facts.dead or p.committed > at
+    }
+    for rank, base in rebuilt.items():
+        frames = {f.iteration: f for f in facts.frames[rank]}
+        state: dict[Part, int] = {}
+        for iteration in range(base, at + 1):
+            frame = frames[iteration]
+            for part in state:
+                assert state[part] == iteration - 1
+                updated = part.operator in frame.light or not frame.stepped
+                if updated or part in frame.full:
+                    state[part] = iteration
+            state |= dict.fromkeys(frame.full, iteration)
+        assert set(state.values()) == {at}
+        assert complete(state) == complete(plans[rank].dense.full)
+        assert at - base < plans[rank].window or base == start
+
+
+def test_without_the_gradient_of_a_step_there_is_no_base_unless_the_step_was_left_out() -> None:
+    a, b = Part("a"), Part("b")
+
+    def frames(light: frozenset[str], stepped: bool) -> list[FrameInfo]:
+        first = FrameInfo(1, frozenset([a]), frozenset(["b"]))
+        return [first, FrameInfo(2, frozenset([b]), light, frozenset(["a"]), stepped)]
+
+    assert shard_base(frames(frozenset(["a"]), True), 2) == 1
+    assert shard_base(frames(frozenset(), True), 2) is None
+    assert shard_base(frames(frozenset(), False), 2) == 1
+
+
+def test_where_no_iteration_can_be_rebuilt_a_shard_plan_says_so() -> None:
+    where = Position(6, Progress.BEFORE_COMMIT, 5, 5)
+    with pytest.raises(NothingToRebuildFrom, match="no iteration up to 5 can be rebuilt"):
+        make_shard_plan(Facts(1, 5, (0,), {0: where}, {0: ()}))

@@ -19,8 +19,9 @@ from megatron_moetion.recovery.plan import (
     Progress,
     StagePlan,
     make_plan,
+    make_shard_plan,
 )
-from megatron_moetion.recovery.rebuild import Frames, Parts, Rebuild, same_bits
+from megatron_moetion.recovery.rebuild import Frames, Parts, Rebuild, rebuild_shard, same_bits
 from megatron_moetion.schedule import Unit, WindowPolicy, generate
 from megatron_moetion.snapshot.frame import pieces_of, view
 from megatron_moetion.topology import from_pipeline_groups
@@ -216,3 +217,49 @@ def test_bits_are_compared_not_values() -> None:
     nan = torch.tensor(float("nan"))
     assert same_bits(nan, nan.clone())
     assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+
+
+def by_updates(window: int, last: int, split: int = 0) -> Run:
+    host = TinyHost(SHARDS, gradients=True)
+    units = [Unit(o.name, o.kind, o.numel) for o in host.operators]
+    run = Run(host, generate(units, window, WindowPolicy.ROLLING, split), LocalVault(0))
+    run.train(1, last)
+    return run
+
+
+def shard_base_of(run: Run, at: int) -> int:
+    listed = run.vault.inventory(0, "frame/")
+    infos = sorted((FrameInfo.from_meta(e.meta) for e in listed), key=lambda f: f.iteration)
+    where = Position(at + 1, Progress.BEFORE_COMMIT, at, at)
+    plan = make_shard_plan(Facts(1, at, (0,), {0: where}, {0: tuple(infos)}))
+    assert plan.committed == at
+    ((_, base),) = plan.shards
+    return base
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+@pytest.mark.parametrize("last", [0, 1, 2, 6, 7, 8, 15])
+@pytest.mark.parametrize("split", [0, 9])
+def test_every_bit_comes_back_by_updates_alone(window: int, last: int, split: int) -> None:
+    run = by_updates(window, last, split)
+    before = run.host.everything()
+    run.host.forget_everything()
+    run.host.calls.clear()
+    base = shard_base_of(run, last)
+    rebuild_shard(run.host, Frames(run.host, run.vault, 0), run.log, base, last)
+    # RNG is in the header of the next iteration.
+    torch.set_rng_state(before["rng"])
+    assert same(run.host.everything(), before)
+    assert run.host.calls["update"] == last - base <= window - 1
+    assert run.host.calls["sync_params"] == 0
+    run.train(last + 1, last + 4)
+    assert same(run.host.everything(), by_updates(window, last + 4, split).host.everything())
+
+
+def test_a_rank_that_is_further_makes_its_updates_undone() -> None:
+    run = by_updates(3, 8)
+    before = run.host.everything()
+    run.train(9, 10)
+    rebuild_shard(run.host, Frames(run.host, run.vault, 0), run.log, shard_base_of(run, 8), 8)
+    torch.set_rng_state(before["rng"])
+    assert same(run.host.everything(), before)

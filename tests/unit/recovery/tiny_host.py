@@ -11,7 +11,7 @@ import torch
 from megatron_moetion.host import State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey
 from megatron_moetion.inbox.log import InboxLog
-from megatron_moetion.operators import Kind, Operator, ParamState, StateAccess
+from megatron_moetion.operators import GradientAccess, Kind, Operator, ParamState, StateAccess
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.frame import copy_in, layout, sources, to_meta
 from megatron_moetion.vault import Vault
@@ -26,10 +26,12 @@ class TinyHost:
 
     device = torch.device("cpu")
 
-    def __init__(self, shards: Sequence[Sequence[int]]) -> None:
+    def __init__(self, shards: Sequence[Sequence[int]], gradients: bool = False) -> None:
         """Args:
         shards: for every operator the elements of its parameters on this rank.
+        gradients: frames hold gradients.
         """
+        self._gradients = gradients
         torch.manual_seed(1)
         self.operators: Sequence[Operator] = [
             self._operator(f"o{i}", numels) for i, numels in enumerate(shards)
@@ -39,14 +41,16 @@ class TinyHost:
         self.calls: Counter[str] = Counter()
         self.in_replay = False
 
-    @staticmethod
-    def _operator(name: str, numels: Sequence[int]) -> Operator:
+    def _operator(self, name: str, numels: Sequence[int]) -> Operator:
         made = Operator(name, Kind.EXPERT, numel=sum(numels))
         for index, numel in enumerate(numels):
             main = torch.randn(numel)
             param = torch.nn.Parameter(main.bfloat16())
             access = StateAccess({}, main)
-            made.params.append(ParamState(f"{name}.w{index}", param, param.detach(), main, access))
+            gradient = GradientAccess(main, "grad") if self._gradients else None
+            made.params.append(
+                ParamState(f"{name}.w{index}", param, param.detach(), main, access, gradient)
+            )
         return made
 
     def step(self) -> None:
@@ -57,7 +61,15 @@ class TinyHost:
         for operator in self.operators:
             if operator.name not in self.frozen:
                 for state in operator.params:
-                    self._update(state, torch.tanh(activation) + noise)
+                    state.main.grad = (torch.tanh(activation) + noise).expand_as(state.main).clone()
+        self.update(self.start_state())
+
+    def update(self, state: State) -> None:
+        self.calls["update"] += 1
+        for operator in self.operators:
+            for each in operator.params:
+                if operator.name not in self.frozen and each.main.grad is not None:
+                    self._update(each, each.main.grad)
 
     def _update(self, state: ParamState, gradient: torch.Tensor) -> None:
         kept = state.states.tensors()

@@ -1,0 +1,96 @@
+"""The shard cut: state is rebuilt from the updates that were made to it, and nothing is replayed.
+
+Wherever a test says what goes for both cuts, it is run with both, in the other files.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_moetion import digest
+
+from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
+from .noisy_pretrain import REBUILT
+from .test_identity import BOTH_STAGES, _everywhere
+
+NOISY = Path(__file__).with_name("noisy_pretrain.py")
+WINDOW = 4
+SHARD = ["--moetion", "--moetion-cut", "shard", "--moetion-window", str(WINDOW)]
+UPDATED_BEFORE = ("optimizer", "param-gather", "capture")
+"""Places of a kill behind which the dead rank's last frame lacks, so that its update is lost."""
+
+
+@pytest.fixture(scope="module")
+def killed(runner: Runner) -> Run:
+    """Kills at every place on both stages."""
+    run = runner.run("shards", iterations=BOTH_STAGES, flags=[*SHARD, *kills(*_everywhere())])
+    assert run.code == 0, run.tail()
+    return run
+
+
+def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
+    killed: Run, off: Run
+) -> None:
+    assert_same_bits(killed, off, BOTH_STAGES)
+    assert_within_claim(killed)
+    assert [e["recovered"] for e in killed.recoveries] == [[r] for r, *_ in _everywhere()]
+
+
+def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> None:
+    went = killed.events("went-back")
+    for epoch, (rank, iteration, place) in enumerate(_everywhere(), start=1):
+        here = {e["who"]: e for e in went if e["epoch"] == epoch}
+        assert len(here) == 4
+        lost = place in UPDATED_BEFORE
+        at = iteration if place == "end" else iteration - 1
+        assert {e["iteration"] for e in here.values()} == {at}, (place, here)
+        rebuilt = {who for who, e in here.items() if e["base"] is not None}
+        # If an update is lost, everybody makes it undone, from its own frames.
+        assert rebuilt == (set(here) if lost else {f"rank{rank}"}), (place, here)
+        assert all(at - here[who]["base"] < WINDOW for who in rebuilt)
+
+
+def test_nothing_that_crosses_stages_is_logged_and_frames_are_what_the_formula_says(
+    killed: Run, runner: Runner
+) -> None:
+    run = runner.run("shards-bytes", iterations=40, flags=SHARD)
+    assert run.code == 0, run.tail()
+    (numbers,) = run.events("counted")
+    assert "boundary entries" not in numbers
+    # Ranks 0 and 2 tell what they own, 12 bytes for each parameter; their peers have as much.
+    full = [int(n) for n in re.findall(r"^\w+ +\d+ +\d+ +(\d+) +\d+$", run.log, re.MULTILINE)]
+    assert len(full) > 4, run.tail()
+    dense = 2 * sum(full)
+    captured = numbers["captured bytes"] - dense
+    expected = 40 * dense / 12 * (12 / WINDOW + 4 * (WINDOW - 1) / WINDOW)
+    assert abs(captured / expected - 1) < 0.02, (captured, expected)
+
+
+def rebuilt(run: Run) -> dict[tuple[int, int], dict[str, str]]:
+    return digest.read(run.directory / REBUILT)
+
+
+def test_a_forward_pass_that_cannot_be_repeated_is_no_obstacle(runner: Runner) -> None:
+    failures = kills((3, 8, "backward:1"), (0, 14, "optimizer"), (1, 20, "end"))
+    run = runner.run("noisy", iterations=25, script=NOISY, flags=[*SHARD, *failures])
+    assert run.code == 0, run.tail()
+    assert len(run.recoveries) == 3
+    found = rebuilt(run)
+    assert {iteration for iteration, _ in found} == {7, 13, 20}
+    assert len(found) == 3 * 4
+    for key, hashes in found.items():
+        # What the rank that died had then, and what the others have had all the time.
+        recorded = run.records.get(key)
+        if recorded is None:
+            # It died before it could say.
+            assert key == (20, 1)
+            continue
+        assert hashes == {n: bits for n, bits in recorded.items() if not n.startswith("loss")}, key
+
+
+def test_but_the_stage_cut_says_that_it_cannot_be_replayed(runner: Runner) -> None:
+    flags = ["--moetion", "--moetion-window", str(WINDOW), *kills((3, 8, "backward:1"))]
+    run = runner.run("noisy-stage", iterations=25, script=NOISY, flags=flags)
+    assert run.code != 0
+    assert "gave other bits than training" in run.log
