@@ -9,6 +9,8 @@ full / light             an operator's full state / its compute weights
 active / frozen          in replay: has full state and is updated / only passes gradients through
 window (W)               number of consecutive frames in which every operator is full once
 base                     the iteration whose frame starts a reconstruction
+cut                      where state is rebuilt: a pipeline stage by replay (stage), or an optimizer
+                         shard by the gradients of its updates (shard)
 boundary tensor          an activation or gradient that crosses a stage edge
 inbox                    the logged inputs of a stage for one iteration
 vault                    the host-memory store of frames and logs; it lives in the agent
