@@ -273,10 +273,10 @@ TABLE: tuple[Unsupported, ...] = (
         _drop("--hybrid-context-parallel", "--hierarchical-context-parallel-sizes"),
     ),
     Unsupported(
-        "fp16 with loss scaling",
-        _on("fp16"),
-        "no recovery with an overflow has been compared bit for bit yet",
-        "use --bf16",
+        "fp16 with loss scaling under the stage cut",
+        lambda args: _on("fp16")(args) and getattr(args, "moetion_cut", "stage") == "stage",
+        "no replay of an overflow has been compared bit for bit yet",
+        "use --bf16 or --moetion-cut shard",
     ),
     Unsupported(
         "--lazy-mpu-init",
