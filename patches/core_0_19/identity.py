@@ -7,7 +7,7 @@ from argparse import Namespace
 from importlib.metadata import version
 
 FREE = re.compile(
-    r"(_.*|rank|local_rank|moetion.*|load|save|(no_)?(load|save)_.*|non_persistent_.*|ckpt_.*"
+    r"(_.*|rank|local_rank|moetion(?!_cut).*|load|save|(no_)?(load|save)_.*|non_persistent_.*|ckpt_.*"
     r"|pretrained_checkpoint|finetune|async_.*|dist_ckpt_.*|use_(persistent|dist)_ckpt.*|override_.*"
     r"|auto_detect_ckpt_format|verify_integrity|data_cache_path|num_workers|exit_.*|log_.*"
     r"|logging_level|.*log_interval|tensorboard_.*|wandb_.*|one_logger.*|enable_one_logger"
@@ -16,6 +16,7 @@ FREE = re.compile(
     r"|error_injection_.*|barrier_with_L1_time)"
 )
 """What says where things are, what is printed and saved, and when a run ends; no bit depends on it.
+The cut says what frames hold.
 All others must be equal, known to matter or not.
 """
 _PLAIN = (bool, int, float, str, type(None))

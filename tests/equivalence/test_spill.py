@@ -192,6 +192,21 @@ def test_another_run_is_refused_in_one_line(runner: Runner, killed: Run) -> None
     assert spills(run.directory)[-2:] == [6, 12]
 
 
+def test_under_the_shard_cut_it_goes_on_too_and_not_under_the_other(
+    runner: Runner, off: Run
+) -> None:
+    shard = ["--moetion-cut", "shard"]
+    meddle = at_event("spilled", kill_everything, iteration=KILLED_AFTER)
+    first = runner.run("spill-shard", iterations=ITERATIONS, flags=[*SPILLS, *shard], meddle=meddle)
+    assert first.code == -signal.SIGKILL, first.tail()
+    refused = again(runner, first, "spill-shard-stage")
+    assert refused.code != 0
+    assert "moetion_cut was shard and is stage" in refused.log
+    after = again(runner, first, "spill-shard-again", flags=shard)
+    assert_goes_on(first, after, off, 12)
+    assert_within_claim(after)
+
+
 def test_an_export_is_an_ordinary_checkpoint(runner: Runner, off: Run, killed: Run) -> None:
     checkpoint = killed.directory.with_name("checkpoint")
     export = again(runner, killed, "export", flags=["--moetion-export", str(checkpoint)])

@@ -12,6 +12,7 @@ from megatron_moetion.config import Config
 
 FLAGS = {
     "--moetion": "",
+    "--moetion-cut": "stage|shard",
     "--moetion-window": "auto|N",
     "--moetion-window-policy": "auto|rolling|tumbling",
     "--moetion-split": "auto|N",

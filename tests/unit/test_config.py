@@ -17,6 +17,7 @@ from megatron_moetion.config import (
 
 FLAGS = [
     "--moetion",
+    "--moetion-cut",
     "--moetion-window",
     "--moetion-window-policy",
     "--moetion-split",
@@ -118,3 +119,11 @@ def test_replicas_must_stay_below_the_nodes() -> None:
         ConfigError, match="needs at least 3 nodes and this job has 2: give at most 1"
     ):
         _config("--moetion-replicas", "2", GROUP_WORLD_SIZE="2")
+
+
+def test_the_shard_cut_refuses_windows_that_leave_gradients_out() -> None:
+    assert _config("--moetion-cut", "shard", "--moetion-window-policy", "rolling").cut == "shard"
+    with pytest.raises(ConfigError, match="drop --moetion-window-policy tumbling"):
+        _config("--moetion-cut", "shard", "--moetion-window-policy", "tumbling")
+    with pytest.raises(ConfigError, match="give 'stage' or 'shard'"):
+        _config("--moetion-cut", "rank")
