@@ -123,6 +123,17 @@ class Config:
             bool,
         ),
     )
+    cut: Cut = field(
+        default="stage",
+        metadata=_flag(
+            "--moetion-cut",
+            "stage|shard",
+            "What is rebuilt after a failure. stage: the pipeline stage, by replaying what entered "
+            "it. shard: the optimizer shards, by the updates that were made to them; nothing is "
+            "replayed, and frames hold gradients in place of weights.",
+            _one_of(Cut),
+        ),
+    )
     window: int | Literal["auto"] = field(
         default="auto",
         metadata=_flag(
@@ -141,17 +152,6 @@ class Config:
             "rolling: any W consecutive frames are a base. tumbling: only whole windows are. auto: "
             "begins with rolling and takes what replays less of those that keep up.",
             _one_of(WindowPolicy),
-        ),
-    )
-    cut: Cut = field(
-        default="stage",
-        metadata=_flag(
-            "--moetion-cut",
-            "stage|shard",
-            "What is rebuilt after a failure. stage: the pipeline stage, by replaying what entered "
-            "it. shard: the optimizer shards, by the updates that were made to them; nothing is "
-            "replayed, and frames hold gradients in place of weights.",
-            _one_of(Cut),
         ),
     )
     split: int | Literal["auto"] = field(
