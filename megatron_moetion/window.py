@@ -337,7 +337,7 @@ class _Need:
                 f"{self.slowest.consequence}"
             )
         replayed = f"{float(self.replay.mean):g} iterations on average"
-        return f"{taken}: {self.slowest.limit}; a failure replays {replayed}"
+        return f"{taken}: {self.slowest.limit}; a rebuild covers {replayed}"
 
     @property
     def instead(self) -> str:

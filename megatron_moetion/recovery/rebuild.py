@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,20 @@ from megatron_moetion.vault import Vault
 Parts = AbstractSet[Part]
 
 
+class Frame(NamedTuple):
+    """A frame as it was sealed.
+
+    Attributes:
+        pieces: each with a view of its bytes.
+        full: what is full in it.
+        stepped: the optimizer made its update in that iteration.
+    """
+
+    pieces: list[tuple[Piece, torch.Tensor]]
+    full: frozenset[Part]
+    stepped: bool
+
+
 class Frames:
     """This rank's frames, read back from the vault and put into the live model."""
 
@@ -41,8 +56,8 @@ class Frames:
         """Whether a sealed frame of this iteration is in the vault."""
         return self._vault.fetch(self._global_rank, str(FrameKey(iteration))) is not None
 
-    def read(self, iteration: int) -> tuple[list[tuple[Piece, torch.Tensor]], frozenset[Part]]:
-        """A frame's pieces with views of their bytes, and what is full in it; verified."""
+    def read(self, iteration: int) -> Frame:
+        """A frame, verified."""
         entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
         if entry is None:
             raise NothingToRebuildFrom(
@@ -50,7 +65,8 @@ class Frames:
             )
         pieces = pieces_of(entry.meta)
         full = frozenset(Part.from_json(row) for row in entry.meta["full"])
-        return [(p, view(p, entry.data)) for p in pieces], full
+        stepped = bool(entry.meta["stepped"])
+        return Frame([(p, view(p, entry.data)) for p in pieces], full, stepped)
 
     def load(self, iteration: int, loaded: Parts) -> frozenset[Part]:
         """Puts the full parts of a frame into the model, and light weights where no part is loaded.
@@ -60,12 +76,15 @@ class Frames:
         Returns:
             All parts that are loaded now.
         """
-        pieces, full = self.read(iteration)
+        return self.take(self.read(iteration), loaded)
+
+    def take(self, frame: Frame, loaded: Parts) -> frozenset[Part]:
+        """`load` of a frame that was read."""
         done = complete(loaded)
-        new = frozenset(part for part in full if part.operator not in done)
+        new = frozenset(part for part in frame.full if part.operator not in done)
         with torch.no_grad():
-            self._load_full(pieces, new, loaded)
-            self.load_light(pieces, loaded | new)
+            self._load_full(frame.pieces, new, loaded)
+            self.load_light(frame.pieces, loaded | new)
         return frozenset(loaded | new)
 
     def _load_full(
@@ -91,35 +110,34 @@ class Frames:
                 for start, end in missing(known[piece.operator], live.numel()):
                     live[start:end].copy_(data[start:end])
 
-    def put_gradients(self, iteration: int, operators: AbstractSet[str]) -> int:
+    def put_gradients(self, frame: Frame, operators: AbstractSet[str]) -> int:
         """Puts the gradients of some operators in place, and none for all others.
 
         Returns:
             For how many parameters there is one.
         """
+        self.clear_gradients()
+        found = [
+            (self._states[piece.param], data)
+            for piece, data in frame.pieces
+            if piece.tensor == GRADIENT and piece.operator in operators
+        ]
+        for state, data in found:
+            assert state.gradient is not None
+            state.gradient.put(data.to(self._host.device, copy=True).view(state.main.shape))
+        return len(found)
+
+    def clear_gradients(self) -> None:
+        """No update has anything to take."""
         for state in self._states.values():
             assert state.gradient is not None
             state.gradient.put(None)
-        pieces = [
-            (self._states[piece.param], data)
-            for piece, data in self.read(iteration)[0]
-            if piece.tensor == GRADIENT and piece.operator in operators
-        ]
-        for state, data in pieces:
-            assert state.gradient is not None
-            state.gradient.put(data.to(self._host.device, copy=True).view(state.main.shape))
-        return len(pieces)
-
-    def stepped(self, iteration: int) -> bool:
-        """Whether the optimizer made its update in the iteration of a frame."""
-        entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
-        return entry is not None and bool(entry.meta["stepped"])
 
     def load_buffers(self, iteration: int) -> None:
         """Puts the model buffers of a frame back."""
         buffers = self._host.buffers()
         with torch.no_grad():
-            for piece, data in self.read(iteration)[0]:
+            for piece, data in self.read(iteration).pieces:
                 if piece.operator == BUFFERS:
                     buffers[piece.param].copy_(data)
 
@@ -131,7 +149,7 @@ class Frames:
             ReplayDiverged: naming the first tensor that differs.
         """
         buffers, known = self._host.buffers(), _by_operator(loaded)
-        for piece, data in self.read(iteration)[0]:
+        for piece, data in self.read(iteration).pieces:
             parts = known[piece.operator]
             if piece.operator == BUFFERS:
                 same = same_bits(buffers[piece.param], data)
@@ -305,21 +323,21 @@ def rebuild_shard(host: Host, frames: Frames, log: InboxLog, base: int, at: int)
     loaded: frozenset[Part] = frozenset()
     num_updates = 0
     for iteration in range(base, at + 1):
-        full = frames.read(iteration)[1]
-        anew = complete(full)
+        frame = frames.read(iteration)
+        anew = complete(frame.full)
         earlier = frozenset(part for part in loaded if part.operator not in anew)
-        if iteration > base and frames.stepped(iteration):
+        if iteration > base and frame.stepped:
             state = log.read_state(HeaderKey(iteration))
             if state is None:
                 raise MissingFromInbox(f"{HeaderKey(iteration)} is not in this rank's log")
             updated = frozenset(part.operator for part in earlier)
-            num_updates += frames.put_gradients(iteration, updated)
+            num_updates += frames.put_gradients(frame, updated)
             host.update(state)
-        loaded = frames.load(iteration, earlier)
+        loaded = frames.take(frame, earlier)
     lacking = frozenset(o.name for o in host.operators) - complete(loaded)
     if lacking:
         raise NothingToRebuildFrom(f"{sorted(lacking)[0]} has no full state at iteration {at}")
-    frames.put_gradients(at, frozenset())
+    frames.clear_gradients()
     frames.load_buffers(at)
     host.publish_main([state for operator in host.operators for state in operator.params])
     return num_updates

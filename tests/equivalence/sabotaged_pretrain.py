@@ -36,7 +36,7 @@ def stale_frame() -> None:
 
     def stale(self: Any) -> None:
         load_base(self)
-        pieces, _ = self._frames.read(self.plan.base - 1)
+        pieces = self._frames.read(self.plan.base - 1).pieces
         with torch.no_grad():
             self._frames.load_light(pieces, self._loaded)
         self._host.sync_params()

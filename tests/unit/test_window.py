@@ -174,7 +174,7 @@ def test_the_policy_that_replays_less_on_the_slowest_rank_is_taken_and_says_why(
     choice = choose(fits)
     assert (choice.policy, choice.window) == (TUMBLING, 4)
     assert choice.reason.endswith(
-        "a failure replays 4.5 iterations on average, 8 with rolling ones of 9"
+        "a rebuild covers 4.5 iterations on average, 8 with rolling ones of 9"
     )
     equal = choose([some_fit(ROLLING, 4), some_fit(TUMBLING, 3)])
     assert equal.policy is ROLLING, "equal on average, better at worst"

@@ -270,3 +270,47 @@ def test_a_nested_stretch_leaves_the_cursor_as_it_was_also_after_an_error() -> N
         nested()
     assert (cursor.mode, cursor.iteration, cursor.progress) == (Mode.LIVE, 7, Progress.STEPPING)
     assert cursor.take("x") == 1
+
+
+class TestWithoutReplay:
+    """The shard cut."""
+
+    @pytest.fixture(autouse=True)
+    def by_shard(self, stage: Stage) -> None:
+        stage.cursor.replays = False
+
+    def test_nothing_that_crosses_stages_is_logged(self, stage: Stage) -> None:
+        across = group(stage, 1)
+        assert reduce(stage, Collective(), 10, group=across) == 11
+        stage.boundaries.sent(Direction.FORWARD, torch.ones(2))
+        assert stage.log.read(CollectiveKey(ITERATION, "g1", 0), [0]) is None
+        assert stage.log.read(BoundaryKey(ITERATION, Direction.FORWARD, 0), [0]) is None
+        assert stage.gate.asked == ["norm"]
+
+    def test_a_world_that_was_met_is_seen(self, stage: Stage) -> None:
+        stage.collectives.world_passed = False
+        reduce(stage, Collective())
+        assert stage.collectives.world_passed
+
+    @pytest.mark.parametrize("progress", [p for p in Progress if p is not Progress.RETURNED])
+    def test_what_is_cut_inside_a_training_step_is_given_up(
+        self, stage: Stage, progress: Progress
+    ) -> None:
+        stage.cursor.progress = progress
+        with pytest.raises(RuntimeError, match="Connection closed by peer"):
+            reduce(stage, Collective(LOST), group=group(stage, 1))
+        assert not {"pause", "await_commit"} & set(stage.gate.asked)
+
+    def test_between_training_steps_it_is_repeated(self, stage: Stage) -> None:
+        stage.cursor.progress = Progress.RETURNED
+        assert reduce(stage, Collective(LOST), 10, group=group(stage, 1)) == 11
+        assert "pause" in stage.gate.asked
+
+
+class TestBatchesOfAPredecessor:
+    def test_iterations_that_a_predecessor_drew_come_from_its_log(self, stage: Stage) -> None:
+        drawn = stage.batches.draw(0, lambda: {"tokens": torch.tensor([1, 2])})
+        stage.batches.newest = ITERATION + 1
+        stage.cursor.counts.clear()
+        again = stage.batches.draw(0, lambda: pytest.fail("drawn twice"))
+        assert torch.equal(again["tokens"], drawn["tokens"])
