@@ -446,7 +446,7 @@ class Session:
         saved = self.host.live_state()
         counts, iteration = self.cursor.counts, self.cursor.iteration
         self._recover(error)
-        if self._next <= iteration:
+        if self._by_shard and self._next <= iteration:
             self._run_up_to(iteration, lambda: self.host.run_step(iteration))
         self.cursor.counts = counts
         if self._gives_up():
@@ -516,7 +516,7 @@ class Session:
             self._next = iteration + 1
             return (self._take_result(),)
         returned = last.progress is Progress.RETURNED
-        if returned and self._next <= iteration:
+        if self._by_shard and returned and self._next <= iteration:
             self._run_up_to(iteration, lambda: self.host.run_step(iteration))
         if returned if self._by_shard else iteration == facts.committed:
             self._next = iteration + 1

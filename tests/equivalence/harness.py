@@ -108,6 +108,7 @@ class Runner:
         workers_of_node: Sequence[int] | None = None,
         without: Sequence[str] = (),
         meddle: Callable[[Path], None] | None = None,
+        port: int | None = None,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
@@ -115,6 +116,7 @@ class Runner:
             workers_of_node: for each agent, one failure domain each; else 4 on `nodes` agents that
                 are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
+            port: of the job's store, for whoever meddles with it.
         """
         directory = self._scratch / name
         words = model_args(
@@ -134,7 +136,7 @@ class Runner:
         ]
         code = once(
             self._scratch / f"{name}.code",
-            lambda: _train(launcher, agents, program, environments, directory, meddle),
+            lambda: _train(launcher, agents, program, environments, directory, meddle, port),
         )
         return Run(directory, int(code), (directory / "log").read_text())
 
@@ -155,6 +157,7 @@ def _train(
     environments: Sequence[dict[str, str]],
     directory: Path,
     meddle: Callable[[Path], None] | None,
+    port: int | None,
 ) -> int:
     """Runs the launchers and whoever meddles; the exit code."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -162,7 +165,7 @@ def _train(
     meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
     if meddling is not None:
         meddling.start()
-    code = _launch(launcher, agents, program, environments, directory / "log")
+    code = _launch(launcher, agents, program, environments, directory / "log", port)
     if meddling is not None:
         for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
             with file.open("a") as log:
@@ -177,6 +180,7 @@ def _launch(
     program: list[str],
     environments: Sequence[dict[str, str]],
     log: Path,
+    port: int | None = None,
 ) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
     or 0.
@@ -192,7 +196,7 @@ def _launch(
         command += ["--nnodes", str(len(agents)), "--master-addr", "127.0.0.1"]
     if len(agents) > 1 or launcher == TORCHRUN:
         # By itself torchrun takes the same port for every job.
-        command += ["--master-port", str(free_port())]
+        command += ["--master-port", str(port or free_port())]
     commands = [
         [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
         for node, count in enumerate(agents)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
 
 from megatron_moetion.agent.gate import MAX_WAITING
-from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
 from tests.ports import free_port
+from tests.strangers import agents_port, attack
 from tests.waiting import readable
 
 pytestmark = pytest.mark.multirank
@@ -129,29 +123,6 @@ def test_several_agents_recover_and_fetch_from_each_other(tmp_path: Path) -> Non
     assert [event["recovered"] for event in outcome.of("resumed")] == [[1], [0]]
 
 
-def agents_port(master_port: int, node: int) -> int:
-    """Where the agent of a node listens for others; waits until it does."""
-    limit = timedelta(seconds=LIMIT_SECONDS)
-    store = TCPStore("127.0.0.1", master_port, is_master=False, timeout=limit)
-    return int(json.loads(store.get(f"moetion/agent/{node}"))["port"])
-
-
-def attack(port: int) -> list[socket.socket]:
-    """Everything that a stranger can do; returns the connections that it keeps open."""
-    kept = []
-    for number in range(1000):
-        stranger = socket.create_connection(("127.0.0.1", port))
-        kept.append(stranger)
-        said = (b"", b"\x00" * 20, b"GET / HTTP/1.1\r\n\r\n" * 9, os.urandom(4096))[number % 4]
-        # What it says may be more than is listened to.
-        with contextlib.suppress(ConnectionError):
-            stranger.sendall(said)
-    for _ in range(5):
-        with pytest.raises(AuthenticationError):
-            Channel.to_peer("127.0.0.1", port, b"wrong")
-    return kept
-
-
 def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
     master_port, iterations = free_port(), 3000
     argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(master_port)]
@@ -165,7 +136,7 @@ def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
         )
         for node in (0, 1)
     ]
-    ports = [agents_port(master_port, node) for node in (0, 1)]
+    ports = [agents_port(master_port, node, LIMIT_SECONDS) for node in (0, 1)]
     kept = [stranger for port in ports for stranger in attack(port)]
     tasks = [len(os.listdir(f"/proc/{node.pid}/task")) for node in nodes]
     files = [len(os.listdir(f"/proc/{node.pid}/fd")) for node in nodes]
