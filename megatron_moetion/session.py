@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
@@ -98,6 +99,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
+        self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
 
@@ -147,6 +149,7 @@ class Session:
             self.log_start(iteration, self.host.start_state())
         else:
             self.host.load_start_state(known)
+        self._restore_buffers(iteration)
         # The frame before the last one is sealed for sure.
         self._offer_window(iteration - 2)
         self._time(iteration)
@@ -154,6 +157,19 @@ class Session:
             self.host.count_loads()
         self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
         self.reached("start")
+
+    def _restore_buffers(self, iteration: int) -> None:
+        """Forward passes and the end of the backward ones change model buffers (tokens that routers
+        have counted, their bias): an iteration that is run again begins with those of its start.
+        """
+        buffers = self.host.buffers()
+        began, copies = self._buffers
+        if began == iteration:
+            with torch.no_grad():
+                for name, tensor in buffers.items():
+                    tensor.copy_(copies[name])
+        else:
+            self._buffers = (iteration, {name: t.clone() for name, t in buffers.items()})
 
     def log_start(self, iteration: int, state: State) -> None:
         """Logs what a replacement needs to begin an iteration.

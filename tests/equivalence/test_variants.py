@@ -8,7 +8,8 @@ import pytest
 from .harness import CUTS, Runner, assert_same_bits, kills
 
 ITERATIONS = 14
-FAILURES = [(2, 4, "backward:1"), (1, 9, "optimizer")]
+# By the last backward pass the others' routers have counted nearly all tokens of an iteration.
+FAILURES = [(3, 4, "backward:3"), (1, 9, "optimizer")]
 RANDOM = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
 SHARED = ["--moe-shared-expert-intermediate-size", "64"]
 SCALE = ["--loss-scale-window", "2", "--hysteresis", "1"]
@@ -21,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model_flags": [*RANDOM, *SHARED],
         "without": ["--untie-embeddings-and-output-weights"],
     },
+    # With nothing else in the way: counts that are there twice move a bias the other way.
+    "router-bias": {"variant": "sigmoid"},
     # Without the distributed optimizer the norm spans one pipeline only: the commit point is a
     # barrier of ours.
     "replicated": {"without": ["--use-distributed-optimizer"]},
