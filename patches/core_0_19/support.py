@@ -67,6 +67,15 @@ def _drop(*flags: str) -> str:
     return f"drop {' and '.join(flags)}"
 
 
+def _by_stage(args: Namespace) -> bool:
+    return bool(getattr(args, "moetion_cut", "stage") == "stage")
+
+
+def _clips_in_one_replayed_stage(args: Namespace) -> bool:
+    stages = getattr(args, "pipeline_model_parallel_size", None)
+    return _by_stage(args) and stages == 1 and _above(0, "clip_grad")(args)
+
+
 def _mtp_across_stages(args: Namespace) -> bool:
     return (
         bool(_get(args, "mtp_num_layers")) and (_get(args, "pipeline_model_parallel_size") or 1) > 1
@@ -273,8 +282,14 @@ TABLE: tuple[Unsupported, ...] = (
         _drop("--hybrid-context-parallel", "--hierarchical-context-parallel-sizes"),
     ),
     Unsupported(
+        "gradient clipping in a single pipeline stage under the stage cut",
+        _clips_in_one_replayed_stage,
+        "the norm does not cross stages, so it is not in the log, and a replay would get another",
+        "use --moetion-cut shard, more pipeline stages, or --clip-grad 0",
+    ),
+    Unsupported(
         "fp16 with loss scaling under the stage cut",
-        lambda args: _on("fp16")(args) and getattr(args, "moetion_cut", "stage") == "stage",
+        lambda args: _on("fp16")(args) and _by_stage(args),
         "no replay of an overflow has been compared bit for bit yet",
         "use --bf16 or --moetion-cut shard",
     ),

@@ -37,12 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-stage": {"model": {"pp_size": 1, "ep_size": 2, "dp_size": 4}},
     "four-stages": {"layers": 4, "model": {"pp_size": 4, "ep_size": 1, "dp_size": 1}},
 }
-NOT_YET = ("half", "stage")
+NOT_YET = (("half", "stage"), ("one-stage", "stage"))
 """Refused: see `patches/core_0_19/support.py`."""
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"), [(name, cut) for name in VARIANTS for cut in CUTS if (name, cut) != NOT_YET]
+    ("name", "cut"), [(n, cut) for n in VARIANTS for cut in CUTS if (n, cut) not in NOT_YET]
 )
 def test_a_variant_is_recovered_bit_for_bit(runner: Runner, name: str, cut: str) -> None:
     options = dict(VARIANTS[name])
