@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 HOST_FLAGS = """
-    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16
+    --clip-grad 0 --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16
     --max-position-embeddings 16 --micro-batch-size 1 --train-iters 1 --lr 1e-3
     --tokenizer-type NullTokenizer --vocab-size 64 --transformer-impl local
     --attention-backend unfused --no-gradient-accumulation-fusion --no-persist-layer-norm

@@ -53,7 +53,7 @@ print(json.dumps({
 """
 
 LINES = (
-    "moetion-run --nproc-per-node 4 pretrain_gpt.py --num-layers 4 --moetion",
+    "moetion-run --nproc-per-node 4 pretrain_gpt.py --num-layers 4 --moetion --clip-grad 0",
     "torchrun --nproc-per-node 4 pretrain_gpt.py --moetion --use-megatron-fsdp",
     "moetion-run --nnodes 2 pretrain_gpt.py --moetion --moetion-replicas 2",
     "torchrun pretrain_gpt.py --num-layers 4",
@@ -77,15 +77,16 @@ def found(output: list[str]) -> dict[str, Any]:
 
 
 def test_the_table_asks_only_for_names_that_the_host_has(found: dict[str, Any]) -> None:
-    assert set(found["unknown_names"]) <= NOT_FLAGS
+    assert set(found["unknown_names"]) <= {*NOT_FLAGS, "moetion_cut"}
 
 
 def test_the_table_names_only_flags_that_the_host_has(found: dict[str, Any]) -> None:
-    assert set(found["unknown_flags"]) <= {"--export-kd-teacher-load"}
+    assert set(found["unknown_flags"]) <= {"--export-kd-teacher-load", "--moetion-cut"}
 
 
-def test_the_hosts_defaults_are_supported(found: dict[str, Any]) -> None:
-    assert found["by_default"] == []
+def test_the_hosts_defaults_are_supported_but_for_one_stage(found: dict[str, Any]) -> None:
+    clips = "gradient clipping in a single pipeline stage under the stage cut"
+    assert found["by_default"] == [clips]
 
 
 def test_the_exit_code_says_whether_the_command_line_is_accepted(found: dict[str, Any]) -> None:
