@@ -70,6 +70,8 @@ def traced_files(scratch: Path) -> list[str]:
     _run([*corpus, "--output", str(prefix)])
     words = model_args(data_prefix=str(prefix), train_iters=2, pp_size=1, ep_size=1, dp_size=1)
     words += ["--moetion", "--moetion-dir", str(scratch), "--moetion-digest-interval", "1"]
+    # One stage that clips is refused, and nothing is to be replayed here.
+    words += ["--clip-grad", "0"]
     trace = ["launch/gpu/trace.py", str(output), "launch/demo/pretrain_moe.py", *words]
     # One process needs no launcher, and is traced more easily without.
     _run(["bash", "-c", f". patches/moetion.sh && {shlex.join([sys.executable, *trace])}"])
