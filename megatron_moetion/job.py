@@ -90,7 +90,9 @@ def facts_of(notice: Notice) -> Facts:
         for rank, entries in notice["frames"].items()
     }
     positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
-    return Facts(notice["epoch"], notice["committed"], tuple(notice["dead"]), positions, frames)
+    starts = {int(rank): frozenset(known) for rank, known in notice["starts"].items()}
+    dead = tuple(notice["dead"])
+    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts)
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Job:
         num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
         claimed: this rank's memory has been claimed by a predecessor.
+        anew: the job goes on from a spill.
         ceiling: how long windows may become; 0 is never to change them.
     """
 
@@ -119,6 +122,7 @@ class Job:
     num_copies: int = 0
     fake: bool = False
     claimed: bool = False
+    anew: bool = False
     ceiling: int = 0
     backend: str = "nccl"
     group_timeout: timedelta = timedelta(minutes=10)
@@ -206,7 +210,7 @@ def open_job(
     link = AgentLink.connect()
     epoch = int(os.environ.get("MOETION_EPOCH", "0"))
     fired: list[int] = []
-    claimed, num_copies, ceiling = False, 0, 0
+    claimed, anew, num_copies, ceiling = False, False, 0, 0
     if link is not None:
         hello = {
             "op": "hello",
@@ -217,7 +221,7 @@ def open_job(
         }
         welcome = link.request(hello)
         fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
-        ceiling = welcome["ceiling"]
+        ceiling, anew = welcome["ceiling"], welcome["anew"]
         if "MOETION_EPOCH" not in os.environ:
             # Another launcher does not know in which epoch it starts its workers.
             epoch = welcome["epoch"]
@@ -240,7 +244,7 @@ def open_job(
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
         Notices(patience), replacement, num_copies, fake=replacement, claimed=claimed,
-        ceiling=ceiling,
+        anew=anew, ceiling=ceiling,
     )  # fmt: skip
     if link is not None:
         link.listen(job.on_notice)

@@ -34,6 +34,7 @@ from megatron_moetion.recovery.plan import (
     Position,
     Progress,
     StagePlan,
+    has_result,
     make_plan,
     make_shard_plan,
     needs_result,
@@ -92,7 +93,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
-        self._offered = 0
+        self._offered = self._began_here = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         self._began: tuple[int, float] | None = None
@@ -196,6 +197,9 @@ class Session:
         schedule, every = self.steering.timeline.at(iteration), self.job.config.spill_interval
         if self.job.link is None or not every or iteration <= self._offered:
             return
+        if iteration - schedule.window < self._began_here:
+            # The node that it began on is lost.
+            return
         if not schedule.closes_at(iteration) or schedule.number(iteration) % every:
             return
         self._offered = iteration
@@ -238,6 +242,8 @@ class Session:
     def _finish(self, iteration: int, result: Any) -> Any:
         counts = dict(self.cursor.counts)
         state = {"result": list(result), "state": self.host.start_state(), "counts": counts}
+        # What was decided in this iteration, if nobody begins the next one.
+        state["steering"] = self.steering.to_state()
         self.log.write_state(ResultKey(iteration), state)
         self._move(replace(self._position, progress=Progress.RETURNED))
         self.reached("end")
@@ -339,7 +345,7 @@ class Session:
         self.copier.copy(entries[:half], pieces[:half], data)
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
-        meta = to_meta(iteration, plan, pieces, self._stepped)
+        meta = {**to_meta(iteration, plan, pieces, self._stepped), "epoch": self.log.epoch}
         ends = operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
         copied = self._frame
@@ -369,7 +375,7 @@ class Session:
         """
         steering = self.steering
         timeline, options = steering.timeline, steering.options
-        logs = {**self.host.inbox(), "steering": (1, steering.log_bytes(self.topology.world_size))}
+        logs = {**self.host.inbox(), "steering": (2, steering.log_bytes(self.topology.world_size))}
         if self._by_shard:
             del logs["boundary"]
 
@@ -467,7 +473,7 @@ class Session:
         self.cursor.counts = counts
         if self._gives_up():
             self.host.load_live_state(saved)
-        self.cursor.refeed = self.cursor.iteration
+        self.cursor.refeed = max(self.cursor.refeed, self.cursor.iteration)
 
     def _give_up(self, error: Exception) -> None:
         """The iteration is unwound: recover; then it is run again, or its result is at hand."""
@@ -516,7 +522,12 @@ class Session:
         """
         facts = self.job.facts
         assert facts is not None
-        last = self._position = facts.positions[self.job.global_rank]
+        known = facts.positions.get(self.job.global_rank)
+        if known is None:
+            # Its node is lost; other facts may have come since the host was told where to begin.
+            self._began_here = iteration - 1
+            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
+        last = self._position = known
         self._dead = facts.dead
         self.cursor.iteration = self._newest = self._next = last.iteration
         # The data iterator of a replacement begins with this one.
@@ -531,14 +542,15 @@ class Session:
         if self._result is not None:
             self._next = iteration + 1
             return (self._take_result(),)
-        returned = last.progress is Progress.RETURNED
+        returned = has_result(last, facts.committed, self._by_shard)
         if self._by_shard and returned and self._next <= iteration:
             self._run_up_to(iteration, lambda: self.host.run_step(iteration))
-        if returned if self._by_shard else iteration == facts.committed:
+        if returned:
             self._next = iteration + 1
             state = self.log.read_state(ResultKey(iteration))
             self.host.load_start_state(state["state"])
-            self.cursor.mode, self.cursor.refeed = Mode.LIVE, iteration
+            self.cursor.mode = Mode.LIVE
+            self.cursor.refeed = max(self.cursor.refeed, iteration)
             self.cursor.counts = Counter(state["counts"])
             self._move(self._position)
             return (tuple(state["result"]),)
@@ -566,6 +578,8 @@ class Session:
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
         self.cursor.refeed = plan.committed
         if self._by_shard:
+            # Training may go on before what some have been through.
+            self.cursor.refeed = max(reached(p) for p in facts.positions.values())
             self._go_back(plan)
             return
         stage = plan.stage(self.topology.pp_rank)
@@ -582,7 +596,7 @@ class Session:
         if not bases.keys().isdisjoint(self.topology.stage(self.topology.pp_rank)):
             self._rebuild_shards(base, at)
         if base is not None:
-            state = self.log.read_state(HeaderKey(at + 1)) if self._newest > at else None
+            state = self.log.read_state(HeaderKey(at + 1) if self._newest > at else ResultKey(at))
             if state is not None:
                 self.steering.load_state(state["steering"])
         self._next = at + 1
@@ -619,8 +633,10 @@ class Session:
             )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
-        self.job.send("joined", epoch=plan.epoch, digest=plan.digest, replayed=replayed)
+        told = {"iteration": plan.committed, "digest": plan.digest, "replayed": replayed}
+        self.job.send("joined", epoch=plan.epoch, **told)
         self.job.notices.wait("resume", plan.epoch)
+        self.log.epoch = plan.epoch
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
         self.job.events.emit(

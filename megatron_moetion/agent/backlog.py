@@ -6,12 +6,12 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-from megatron_moetion.vault.entry import Entry
+from megatron_moetion.vault.entry import Entry, split_key
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """A frame of a local rank is to be copied."""
+    """A frame of a local rank, or a header, is to be copied."""
 
     global_rank: int
     entry: Entry
@@ -56,9 +56,15 @@ class Backlog:
             return not self._closed
 
     def take(self) -> Item:
-        """Wait for the next item."""
+        """Wait for the next item.
+
+        Raises:
+            EOFError: `close` was called.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._items))
+            self._changed.wait_for(lambda: bool(self._items) or self._closed)
+            if not self._items:
+                raise EOFError("closed")
             return self._items.popleft()
 
     def start_anew(self, global_rank: int) -> int:
@@ -74,7 +80,9 @@ class Backlog:
             waiting = [
                 item
                 for item in self._items
-                if isinstance(item, Sealed) and item.global_rank == global_rank
+                if isinstance(item, Sealed)
+                and item.global_rank == global_rank
+                and split_key(item.entry.key)[0] == "frame"
             ]
             late = {id(item) for item in waiting[:-1]}
             self._items = deque(
@@ -89,5 +97,6 @@ class Backlog:
         """Nobody takes any more; returns what was left."""
         with self._changed:
             self._closed = True
+            self._changed.notify()
             left, self._items = list(self._items), deque()
             return left

@@ -110,7 +110,7 @@ class Copies:
     def _receive(self, channel: Channel, message: Message, copy: int) -> str:
         """Take the bytes of one frame; returns what to answer."""
         rank, key, nbytes = message["global_rank"], message["key"], message["nbytes"]
-        _, iteration = split_key(key)
+        kind, iteration = split_key(key)
         with self._lock:
             claim = self._claims.get(rank)
             limit = 0 if claim is None else self._limit(claim, self._ceiling)
@@ -126,18 +126,21 @@ class Copies:
             def flip() -> None:
                 data[0] ^= 1
 
-            self._faults.strike("transfer", rank, iteration, copy, flip)
+            if kind == "frame":
+                self._faults.strike("transfer", rank, iteration, copy, flip)
             if damage(data, message["checksum"], message["parts"]) is not None:
                 self._counters.add("frames that arrived damaged")
                 return "damaged"
             fields = (message["checksum"], message["meta"], message["parts"])
             self._store.publish(rank, Entry(key, chunk.number, 0, nbytes, *fields))
             published = True
-            self._faults.strike("stored", rank, iteration, copy, flip)
+            if kind == "frame":
+                self._faults.strike("stored", rank, iteration, copy, flip)
         finally:
             if not published:
                 self._store.give_back(chunk)
-        self._counters.add("frames held for others")
+        if kind == "frame":
+            self._counters.add("frames held for others")
         return "stored"
 
 

@@ -44,6 +44,7 @@ class Gathered:
         positions: of its own ranks.
         below: iterations below which its own ranks have dropped everything.
         copies: listings of frames of other nodes' ranks of which it holds copies.
+        starts: likewise of their headers.
     """
 
     node_rank: int
@@ -52,6 +53,7 @@ class Gathered:
     positions: Mapping[str, Any]
     below: Mapping[str, int] = field(default_factory=dict)
     copies: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class AgentLost:
 
     node_rank: int
     why: str
+
+
+@dataclass(frozen=True)
+class AgentJoined:
+    """Another agent takes the place of one that was lost."""
+
+    node_rank: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Restored:
     iteration: int
 
 
-Event = Exited | Said | Gathered | AgentLost | Expired | Restored
+Event = Exited | Said | Gathered | AgentLost | AgentJoined | Expired | Restored
 
 
 @dataclass(frozen=True)

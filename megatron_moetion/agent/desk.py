@@ -107,7 +107,7 @@ class Desk:
             case "hello" if first["global_rank"] in self._members.own.global_ranks:
                 self._serve_worker(first["global_rank"], channel, first)
             case "control":
-                self._post(PeerJoined(first["node_rank"], channel))
+                self._post(PeerJoined(first["node_rank"], channel, first.get("member")))
                 self.follow(first["node_rank"], channel)
             case "vault":
                 self._serve_vault(channel)
@@ -122,7 +122,7 @@ class Desk:
             while True:
                 self._post(FromPeer(node_rank, channel.receive()))
         except (EOFError, OSError) as error:
-            self._post(PeerGone(node_rank, str(error) or "connection closed"))
+            self._post(PeerGone(node_rank, str(error) or "connection closed", channel))
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         welcome = self._welcome(rank, hello)

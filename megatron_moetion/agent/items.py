@@ -33,10 +33,16 @@ class FromPeer:
 
 @dataclass(frozen=True)
 class PeerJoined:
-    """Another node's agent has connected to this one, the leader."""
+    """Another node's agent has connected to this one, the leader.
+
+    Attributes:
+        member: where it listens, if it wants to take the place of a lost one; see
+            `membership.Member`.
+    """
 
     node_rank: int
     channel: Channel
+    member: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class PeerGone:
 
     node_rank: int
     why: str
+    channel: Channel
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Job:
         faults: the script of the whole job.
         fired: those that were injected before this agent began again, by index.
         spills: folder of this node's spills; None without them.
+        replaces_nodes: another node may take the place of a lost one.
     """
 
     members: Members
@@ -65,6 +66,7 @@ class Job:
     faults: tuple[Fault, ...]
     fired: tuple[int, ...] = ()
     spills: Path | None = None
+    replaces_nodes: bool = False
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""

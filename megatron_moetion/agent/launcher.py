@@ -92,8 +92,11 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
         fall_back = inherited()
         job = job_of(args, rendezvous, meeting, secret, fall_back)
         store = VaultStore()
-        record = cold_start(job, args.training_script_args, meeting.store, store, fall_back)
-        outcome = Node(job, meeting.listener, store, record, spare).run()
+        stands_in, script_args = meeting.stands_in, args.training_script_args
+        record = None
+        if not stands_in:
+            record = cold_start(job, script_args, meeting.store, store, fall_back)
+        outcome = Node(job, meeting.listener, store, record, spare, stands_in).run()
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
     except (MembershipError, NoSpillLeft) as error:
@@ -240,6 +243,8 @@ def job_of(
         faults=faults.parse(config.fault),
         fired=() if fall_back is None else fall_back.fired,
         spills=spill_folder(script_args),
+        # Nothing that would be replayed is copied to other nodes.
+        replaces_nodes=protected and config.cut == "shard" and placement.num_copies > 0,
     )
 
 

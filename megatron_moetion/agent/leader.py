@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from megatron_moetion.agent.decision import (
+    AgentJoined,
     AgentLost,
     Command,
     End,
@@ -140,10 +141,14 @@ class Leader:
             case "said":
                 event = Said(message["global_rank"], message["message"])
             case "gathered":
-                told = (message[part] for part in ("frames", "positions", "below", "copies"))
-                event = Gathered(node_rank, message["epoch"], *told)
+                parts = ("frames", "positions", "below", "copies", "starts")
+                event = Gathered(node_rank, message["epoch"], *(message[part] for part in parts))
             case "lost":
+                self._detected = self._detected or time.monotonic()
+                self._spill(self._spilling.lost())
                 event = AgentLost(node_rank, message["why"])
+            case "joined":
+                event = AgentJoined(node_rank)
             case "signalled":
                 reason = f"node {node_rank} got signal {message['number']}"
                 self._execute(End(reason, 128 + message["number"]))
@@ -247,6 +252,14 @@ class Leader:
         if self._detected is not None:
             fields = {**fields, "ms": round((time.monotonic() - self._detected) * 1000, 1)}
         self._log.emit(kind, **fields)
+        if kind == "node-lost":
+            seconds = self._timeout.total_seconds()
+            print(
+                f"moetion-run: node {fields['node_rank']} is lost ({fields['why']}): start the same"
+                f" command with --node-rank {fields['node_rank']} on another one within"
+                f" {seconds:g} s (--moetion-timeout); the others wait",
+                file=sys.stderr,
+            )
         if kind == "resumed":
             since, self._cold = "start" if self._cold else "failure", False
             print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -20,6 +20,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not
 from megatron_moetion.agent.wire import listen_tcp
 
 BACKLOG = 128
+GOING = "moetion/going"
+"""Key that is there once all nodes have met."""
 
 
 class MembershipError(RuntimeError):
@@ -166,6 +168,7 @@ class Meeting:
         listener: for other agents.
         members: all nodes.
         run_id: the same on all nodes, new for each job.
+        stands_in: the job is going on; this node asks to take the place of a lost one.
     """
 
     store: Store
@@ -173,6 +176,7 @@ class Meeting:
     listener: socket.socket
     members: Members
     run_id: str
+    stands_in: bool = False
 
 
 def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeting:
@@ -195,7 +199,9 @@ def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeti
         # No agent outlives another one of its job, so all count alike.
         store = PrefixStore(f"moetion/{server.add(f'moetion/met/{own}', 1)}", server)
     if store.add(f"moetion/taken/{own}", 1) != 1:
-        raise MembershipError(f"node rank {own} is taken; give every node its own --node-rank")
+        if not store.check([GOING]):
+            raise MembershipError(taken(own))
+        return _stand_in(store, server.port, rendezvous, num_workers, host, listener)
     if own == 0:
         store.set("moetion/run", secrets.token_hex(6))
     member = Member(own, host, listener.getsockname()[1], num_workers, 0, rendezvous.domain)
@@ -217,4 +223,41 @@ def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeti
         all_have_read(store, "moetion/agent", own, rendezvous.num_nodes)
     except DistStoreError:
         raise MembershipError("a node left before the job began; see what it printed") from None
+    if own == 0:
+        store.set(GOING, "")
     return Meeting(store, server.port, listener, Members(tuple(nodes), own), run_id)
+
+
+def taken(node_rank: int) -> str:
+    """Why a node is not let in."""
+    return f"node rank {node_rank} is taken; give every node its own --node-rank"
+
+
+def _stand_in(
+    store: Store,
+    port: int,
+    rendezvous: Rendezvous,
+    num_workers: int,
+    host: str,
+    listener: socket.socket,
+) -> Meeting:
+    """What a node needs to ask the leader whether it may take the place of a lost one.
+
+    Others that have done so listen elsewhere by now; the leader tells where.
+    """
+    own = rendezvous.node_rank
+    nodes: list[Member] = []
+    for node_rank in range(rendezvous.num_nodes):
+        known = json.loads(store.get(f"moetion/agent/{node_rank}"))
+        first = sum(node.num_workers for node in nodes)
+        nodes.append(Member(**{**known, "first_global_rank": first}))
+    if nodes[own].num_workers != num_workers:
+        raise MembershipError(
+            f"node {own} of the job has {nodes[own].num_workers} workers: give as many to the one"
+            " that takes its place"
+        )
+    # Copies stay where they are placed, so the label stays, too.
+    nodes[own] = replace(nodes[own], host=host, port=listener.getsockname()[1])
+    run_id = store.get("moetion/run").decode()
+    members = Members(tuple(nodes), own)
+    return Meeting(store, port, listener, members, run_id, stands_in=True)

@@ -30,7 +30,7 @@ from megatron_moetion.agent.items import (
 )
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.leader import Leader, Unprotected
-from megatron_moetion.agent.membership import MembershipError
+from megatron_moetion.agent.membership import Member, MembershipError, taken
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.spiller import Spiller, Written
@@ -53,6 +53,7 @@ class Node:
         store: this node's vault; None begins an empty one.
         record: of the spill in the store that the job goes on from; None starts afresh.
         ahead: a spare that was started before anything was known of the job.
+        stands_in: takes the place of a lost node, if the leader agrees.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class Node:
         store: VaultStore | None = None,
         record: Record | None = None,
         ahead: Spare | None = None,
+        stands_in: bool = False,
     ) -> None:
         self._job = job
+        self._stands_in = stands_in
+        self._nodes = {node.node_rank: node for node in job.members.nodes}
         self._ahead = ahead
         self._record = record
         self._own = job.members.own
@@ -130,6 +134,9 @@ class Node:
         return self._fall_back
 
     def _begin(self) -> None:
+        if self._stands_in:
+            # The leader says when.
+            return
         if self._record is None:
             for rank in self._own.global_ranks:
                 self._start(rank)
@@ -157,7 +164,11 @@ class Node:
         if self._own.node_rank == 0:
             members = self._job.members
             decider = (
-                Round(members.ranks_of_node, fired=self._job.fired)
+                Round(
+                    members.ranks_of_node,
+                    fired=self._job.fired,
+                    replaces_nodes=self._job.replaces_nodes,
+                )
                 if self._job.protected
                 else Unprotected(members.world_size)
             )
@@ -177,7 +188,8 @@ class Node:
         leader = self._job.members.nodes[0]
         try:
             channel = Channel.to_peer(leader.host, leader.port, self._job.secret)
-            channel.send({"op": "control", "node_rank": self._own.node_rank})
+            member = asdict(self._own) if self._stands_in else None
+            channel.send({"op": "control", "node_rank": self._own.node_rank, "member": member})
         except AuthenticationError:
             raise MembershipError(
                 "the leader has another MOETION_SECRET: set the same one on every node"
@@ -241,6 +253,7 @@ class Node:
             "agents": [list(ranks) for ranks in self._job.members.ranks_of_node],
             "fired": self._fired,
             "copies": self._job.placement.num_copies,
+            "anew": self._record is not None,
         }
 
     def _take(self, item: Item | Written) -> None:
@@ -263,18 +276,53 @@ class Node:
             case Replicated():
                 timing = {"nbytes": item.nbytes, "seconds": item.seconds}
                 self._desk.notify(item.global_rank, {"op": "replicated", **timing})
-            case PeerJoined():
+            case PeerJoined(member=None):
                 self._peers[item.node_rank] = item.channel
+            case PeerJoined():
+                self._let_stand_in(item)
             case FromPeer() if self._leader is not None:
                 self._leader.take(item.node_rank, item.message)
             case FromPeer():
                 self._obey(item.message)
+            case PeerGone() if self._peers.get(item.node_rank) is not item.channel:
+                # Known already, or never let in.
+                pass
             case PeerGone() if self._leader is not None:
+                del self._peers[item.node_rank]
                 self._leader.take(item.node_rank, {"op": "lost", "why": item.why})
             case PeerGone():
                 line = f"moetion-run: node {self._own.node_rank}: the leader is gone ({item.why})"
                 print(line, file=sys.stderr)
                 self._end("the leader is gone", 1)
+
+    def _let_stand_in(self, item: PeerJoined) -> None:
+        """An agent asks the leader for the place of a lost one."""
+        assert item.member is not None
+        if self._leader is None or item.node_rank in self._peers:
+            with contextlib.suppress(OSError):
+                item.channel.send({"op": "refused", "reason": taken(item.node_rank)})
+            return
+        self._peers[item.node_rank] = item.channel
+        self._nodes[item.node_rank] = Member(**item.member)
+        nodes = [asdict(node) for node in self._nodes.values()]
+        # It hears of all who have moved before, the others of it.
+        self._send(item.node_rank, {"op": "moved", "nodes": nodes})
+        for node_rank in [n for n in self._peers if n != item.node_rank]:
+            self._send(node_rank, {"op": "moved", "nodes": [item.member]})
+        self._moved([item.member])
+        self._leader.take(item.node_rank, {"op": "joined"})
+
+    def _moved(self, nodes: list[Message]) -> None:
+        """Agents that have taken the place of lost ones, and where they listen."""
+        for member in [Member(**node) for node in nodes]:
+            if member.node_rank == self._own.node_rank:
+                continue
+            self._equipment.peers.moved(member)
+            try:
+                self._equipment.replication.moved(member)
+            except (OSError, EOFError, AuthenticationError) as error:
+                # It is gone again, and that is about to be seen.
+                self._log.emit("not-moved", node_rank=member.node_rank, why=str(error))
 
     def _pass_on(self, global_rank: int, message: Message) -> None:
         self._report({"op": "said", "global_rank": global_rank, "message": message})
@@ -299,11 +347,15 @@ class Node:
             self._send(node_rank, order)
 
     def _send(self, node_rank: int, message: Message) -> None:
+        channel = self._peers.get(node_rank)
+        if channel is None:
+            # It is lost, and nothing that it misses counts any more.
+            return
         try:
-            self._peers[node_rank].send(message)
+            channel.send(message)
         except OSError as error:
             # Not handled here, in the middle of something: it arrives as an item like any other.
-            self._post(PeerGone(node_rank, str(error)))
+            self._post(PeerGone(node_rank, str(error), channel))
 
     def _obey(self, order: Message) -> None:
         match order["op"]:
@@ -312,6 +364,11 @@ class Node:
             case "replace":
                 self._epoch, self._fired = order["epoch"], order["fired"]
                 self._start(order["global_rank"])
+            case "refused":
+                print(f"moetion-run: error: {order['reason']}", file=sys.stderr)
+                self._end(order["reason"], 1)
+            case "moved":
+                self._moved(order["nodes"])
             case "spill" if self._spiller is not None:
                 self._spiller.write(Span(**order["span"]), self._identity)
             case "settle" if self._spiller is not None:
@@ -354,8 +411,17 @@ class Node:
         frames = {str(rank): self._desk.listings(rank, "frame/") for rank in ranks}
         held = self._store.copied_ranks()
         copies = {str(rank): self._desk.listings(rank, "frame/") for rank in held}
+        starts = {str(rank): self._headers(rank) for rank in held}
         told = {"frames": frames, "positions": positions, "below": below, "copies": copies}
-        self._report({"op": "gathered", "epoch": epoch, **told})
+        self._report({"op": "gathered", "epoch": epoch, "starts": starts, **told})
+
+    def _headers(self, global_rank: int) -> list[Message]:
+        listed = self._desk.listings(global_rank, "header/")
+        # Which there are, not all that is in them.
+        return [
+            {"key": entry["key"], "meta": {"epoch": entry["meta"].get("epoch", 0)}}
+            for entry in listed
+        ]
 
     def _end(self, reason: str, code: int) -> None:
         self._code = code

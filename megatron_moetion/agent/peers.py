@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from multiprocessing import AuthenticationError
 from typing import Any
 
-from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.agent.wire import Channel, Message
 
 
@@ -18,10 +19,16 @@ class Peers:
     """
 
     def __init__(self, members: Members, secret: bytes) -> None:
-        self._members = members
+        self._nodes = {member.node_rank: member for member in members.nodes}
         self._secret = secret
         self._locks = {member.node_rank: threading.Lock() for member in members.nodes}
         self._channels: dict[int, Channel] = {}
+
+    def moved(self, member: Member) -> None:
+        """Another agent has taken the place of a lost one."""
+        with self._locks[member.node_rank]:
+            self._nodes[member.node_rank] = member
+            self._forget(member.node_rank)
 
     def fetch(
         self, node_rank: int, global_rank: int, key: str, worker: Channel, request_id: int
@@ -29,23 +36,28 @@ class Peers:
         """Answer a worker's fetch from another node, passing the bytes on as they come.
 
         Returns:
-            False when that node has no such entry; then the worker has not been answered.
+            False when that node has no such entry or is gone; then the worker has not been
+            answered.
 
         Raises:
-            OSError, EOFError: that agent is gone.
+            OSError: it went away while it answered.
         """
         with self._locks[node_rank]:
-            peer = self._channel(node_rank)
-            peer.send({"op": "fetch", "global_rank": global_rank, "key": key})
-            reply = {**peer.receive(), "id": request_id, "node_rank": node_rank, "inline": True}
+            try:
+                peer = self._channel(node_rank)
+                peer.send({"op": "fetch", "global_rank": global_rank, "key": key})
+                found = peer.receive()
+            except (OSError, EOFError, AuthenticationError):
+                self._forget(node_rank)
+                return False
+            reply = {**found, "id": request_id, "node_rank": node_rank, "inline": True}
             if reply["op"] == "missing":
                 return False
             try:
                 worker.send(reply, lambda fd: peer.pump_raw(reply["nbytes"], fd))
             except OSError:
                 # Either end broke in the middle: what is left of the payload is no message.
-                del self._channels[node_rank]
-                peer.close()
+                self._forget(node_rank)
                 raise
             return True
 
@@ -74,9 +86,14 @@ class Peers:
             reply: Message = peer.receive()
             return list(reply["entries"])
 
+    def _forget(self, node_rank: int) -> None:
+        channel = self._channels.pop(node_rank, None)
+        if channel is not None:
+            channel.close()
+
     def _channel(self, node_rank: int) -> Channel:
         if node_rank not in self._channels:
-            member = self._members.nodes[node_rank]
+            member = self._nodes[node_rank]
             channel = Channel.to_peer(member.host, member.port, self._secret)
             channel.send({"op": "vault"})
             self._channels[node_rank] = channel

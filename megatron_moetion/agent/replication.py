@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -31,8 +31,10 @@ MAX_STREAMS = 4
 """Connections to one holder; each rank's frames go over the same one, in order."""
 MAX_ATTEMPTS = 3
 """Of one transfer that arrives damaged."""
-REPLICATED = ("frame",)
-"""Kinds of entries that are copied. Logs will join them when a node may be lost."""
+REPLICATED = ("frame", "header")
+"""Kinds of entries that are copied: what a rank needs to begin again on another node, when nothing
+is replayed. Only frames are counted and measured; next to them a header is nothing.
+"""
 
 Quarantined = Callable[[int, str, int, str], None]
 """Told of a damaged copy on this node: (global rank, key, number of the copy, how)."""
@@ -98,15 +100,40 @@ class Replication:
         num_streams = min(MAX_STREAMS, members.own.num_workers)
         # Ranks that share a stream take turns in it.
         self._ranks_per_stream = members.own.num_workers / num_streams
-        self._streams = [
-            [_Stream(self, members, members.nodes[node], copy, secret) for _ in range(num_streams)]
-            for copy, node in enumerate(placement.holders[members.own_node_rank], 1)
-        ]
+        self._holders = placement.holders[members.own_node_rank]
+        self._claims: Mapping[int, Any] | None = None
+
+        def streams_to(holder: Member) -> list[_Stream]:
+            copy = 1 + self._holders.index(holder.node_rank)
+            return [_Stream(self, members, holder, copy, secret) for _ in range(num_streams)]
+
+        self._streams_to = streams_to
+        self._streams = [streams_to(members.nodes[node]) for node in self._holders]
 
     def start(self) -> None:
         """Begin; every agent must be listening."""
-        for stream in self._all_streams():
-            threading.Thread(target=stream.run, name="moetion-copies", daemon=True).start()
+        for streams in self._streams:
+            _start(streams)
+
+    def moved(self, holder: Member) -> None:
+        """Another agent has taken the place of a lost one, which held copies if it was a holder:
+        from now on it holds them, and those that there are go to it first.
+
+        Raises:
+            OSError, EOFError: it is gone.
+        """
+        if holder.node_rank not in self._holders:
+            return
+        place, streams = self._holders.index(holder.node_rank), self._streams_to(holder)
+        if self._claims is not None:
+            streams[0].announce(self._claims)
+        lost, self._streams[place] = self._streams[place], streams
+        for stream in lost:
+            stream.backlog.close()
+        for global_rank in self._ranks:
+            for entry in self._held_by_owner(global_rank):
+                self._stream_of(streams, global_rank).backlog.put(Sealed(global_rank, entry))
+        _start(streams)
 
     def stop(self) -> None:
         """The job ends: what is not copied now is no news."""
@@ -118,6 +145,7 @@ class Replication:
         Args:
             claims: by global rank, as JSON.
         """
+        self._claims = claims
         for streams in self._streams:
             streams[0].announce(claims)
 
@@ -129,7 +157,10 @@ class Replication:
         """A local rank has sealed an entry; returns at once."""
         if not _copied(entry) or not self._num_copies:
             return
-        iteration = split_key(entry.key)[1]
+        kind, iteration = split_key(entry.key)
+        if kind != "frame":
+            self._put(Sealed(global_rank, entry))
+            return
         with self._lock:
             rank = self._ranks[global_rank]
             rank.sealed = max(rank.sealed, iteration)
@@ -144,14 +175,19 @@ class Replication:
         A cold start loads them from a spill, and a spill holds what a rank has of its own.
         """
         for global_rank in self._ranks:
-            listed = self._store.inventory(global_rank, "")
-            held = [self._store.find(global_rank, listing.key) for listing in listed]
-            frames = [found[0] for found in held if found and _copied(found[0])]
-            if frames and self._num_copies:
+            entries = self._held_by_owner(global_rank)
+            if entries and self._num_copies:
                 # The first frames are here all at once: that is no lag.
-                self._ranks[global_rank].before = max(split_key(e.key)[1] for e in frames)
-            for entry in sorted(frames, key=lambda entry: split_key(entry.key)[1]):
+                self._ranks[global_rank].before = max(split_key(e.key)[1] for e in entries)
+            for entry in entries:
                 self.sealed(global_rank, entry)
+
+    def _held_by_owner(self, global_rank: int) -> list[Entry]:
+        """What this node's vault has of a local rank that is to be copied, ascending."""
+        listed = self._store.inventory(global_rank, "")
+        held = [self._store.find(global_rank, listing.key) for listing in listed]
+        entries = [found[0] for found in held if found and _copied(found[0])]
+        return sorted(entries, key=lambda entry: split_key(entry.key)[1])
 
     def dropped(self, global_rank: int, below: int) -> None:
         """A local rank has dropped entries; returns at once."""
@@ -178,10 +214,12 @@ class Replication:
         return found[1] if found is not None and found[0] is item.entry else None
 
     def acknowledge(self, item: Sealed, copy: int, seconds: float) -> None:
-        """A holder has the frame, checked, so many seconds after its turn had come."""
+        """A holder has the entry, checked, so many seconds after its turn had come."""
+        kind, iteration = split_key(item.entry.key)
+        if kind != "frame":
+            return
         self._counters.add("copied frames")
         self._counters.add("copied bytes", item.entry.nbytes)
-        iteration = split_key(item.entry.key)[1]
         with self._lock:
             rank = self._ranks[item.global_rank]
             copies = rank.acknowledged.get(item.entry.key)
@@ -225,12 +263,12 @@ class Replication:
 
     def _put(self, item: Sealed | Dropped) -> None:
         for streams in self._streams:
-            stream = streams[(item.global_rank - self._first_rank) % len(streams)]
+            stream = self._stream_of(streams, item.global_rank)
             if not stream.backlog.put(item) and isinstance(item, Sealed):
                 self.skip(item, 1, "its holder is gone")
 
-    def _all_streams(self) -> Iterable[_Stream]:
-        return [stream for streams in self._streams for stream in streams]
+    def _stream_of(self, streams: Sequence[_Stream], global_rank: int) -> _Stream:
+        return streams[(global_rank - self._first_rank) % len(streams)]
 
     def _measure(self, global_rank: int) -> None:
         with self._lock:
@@ -306,7 +344,9 @@ class _Stream:
                 if why is None:
                     self._owner.acknowledge(item, self._copy, time.monotonic() - began)
                     return
-                late = self.backlog.start_anew(item.global_rank)
+                late = 0
+                if split_key(item.entry.key)[0] == "frame":
+                    late = self.backlog.start_anew(item.global_rank)
                 self._owner.skip(item, 1 + late, why)
                 # What was copied under this key before, if anything, is not the owner's any more.
                 self._forget(channel, item.global_rank, item.entry.key)
@@ -347,6 +387,11 @@ class _Stream:
                     return "it is damaged where it was sealed"
                 self._owner.resent(item, self._copy)
         return f"it arrived damaged {MAX_ATTEMPTS} times"
+
+
+def _start(streams: Iterable[_Stream]) -> None:
+    for stream in streams:
+        threading.Thread(target=stream.run, name="moetion-copies", daemon=True).start()
 
 
 def _copied(entry: Entry) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moetion.agent.decision import (
+    AgentJoined,
     AgentLost,
     Command,
     End,
@@ -45,6 +46,7 @@ class Round:
         ranks_of_node: global ranks per node rank.
         max_retries: failures of one rank at one iteration after which the job ends.
         fired: scripted faults that were injected before, by index.
+        replaces_nodes: what a lost node held is on other nodes, and another may take its place.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Round:
         ranks_of_node: tuple[tuple[int, ...], ...],
         max_retries: int = MAX_RETRIES,
         fired: Iterable[int] = (),
+        replaces_nodes: bool = False,
     ) -> None:
         self.epoch = 0
         self._nodes = ranks_of_node
@@ -67,6 +70,9 @@ class Round:
         self._first_code = 0
         self._answers = _Answers()
         self._committed = 0
+        self._replaces_nodes = replaces_nodes
+        self._lost: set[int] = set()
+        self._went_on: list[tuple[int, int]] = []
 
     @property
     def phase(self) -> Phase:
@@ -85,7 +91,9 @@ class Round:
             case Gathered():
                 return self._gathered(event)
             case AgentLost():
-                return self._hopeless(f"the agent of node {event.node_rank} is gone ({event.why})")
+                return self._node_lost(event)
+            case AgentJoined():
+                return self._node_joined(event.node_rank)
             case Expired():
                 return self._expired(event)
             case Restored():
@@ -125,12 +133,13 @@ class Round:
             return []
         how = f"rank {rank} ended with code {event.code}"
         self._first_code = self._first_code or event.code
-        if event.position is None:
+        if event.position is None and rank not in self._dead:
             return self._hopeless(f"{how} before its first frame was sealed")
         if self._finished:
             finished = sorted(self._finished)
             return self._hopeless(f"{how} after ranks {finished} had finished", state_lost=True)
-        iteration = event.position.get("iteration", event.position.get("committed"))
+        known = event.position or {}
+        iteration = known.get("iteration", known.get("committed"))
         self._failures[rank, iteration] += 1
         if self._failures[rank, iteration] > self._max_retries:
             times = self._failures[rank, iteration]
@@ -149,6 +158,30 @@ class Round:
             Replace(rank, self.epoch, self._injected),
             # Without survivors nobody has to be asked.
             *self._advance(),
+        ]
+
+    def _node_lost(self, event: AgentLost) -> list[Command]:
+        """Its workers are gone, too, and what they had told of themselves."""
+        node_rank, reason = event.node_rank, f"the agent of node {event.node_rank} is gone"
+        if not self._replaces_nodes:
+            return self._hopeless(f"{reason} ({event.why})")
+        if self._finished:
+            finished = sorted(self._finished)
+            return self._hopeless(f"{reason} after ranks {finished} had finished", state_lost=True)
+        self._lost.add(node_rank)
+        ranks = set(self._nodes[node_rank])
+        self._dead |= ranks
+        self._ready -= ranks
+        freeze = self._begin()
+        lost = {"epoch": self.epoch, "node_rank": node_rank, "why": event.why}
+        return [Record("node-lost", {**lost, "dead": sorted(self._dead)}), freeze, *self._advance()]
+
+    def _node_joined(self, node_rank: int) -> list[Command]:
+        self._lost.discard(node_rank)
+        ranks = self._nodes[node_rank]
+        return [
+            Record("node-joined", {"epoch": self.epoch, "node_rank": node_rank}),
+            *(Replace(rank, self.epoch, self._injected) for rank in ranks),
         ]
 
     def _restored(self, event: Restored) -> list[Command]:
@@ -214,6 +247,8 @@ class Round:
         if op == "report":
             self._answers.positions[rank] = dict(message["position"])
         else:
+            # Where they go on may be before what counted as committed.
+            self._committed = message.get("iteration", self._committed)
             self._answers.done.add(rank)
         return self._advance()
 
@@ -264,8 +299,10 @@ class Round:
         self._machine.take(Step.GATHERED)
         positions: Json = {}
         for node_rank in sorted(self._answers.gathered):
-            positions |= self._answers.gathered[node_rank].positions
-        frames = _anywhere(list(self._answers.gathered.values()))
+            told = self._answers.gathered[node_rank].positions
+            # One that took the place of a lost node knows of none.
+            positions |= {rank: position for rank, position in told.items() if position}
+        frames = _anywhere(list(self._answers.gathered.values()), self._counts)
         if not self._answers.positions:
             # Nobody lives; what the dead said last, their agents know.
             self._committed = _furthest(positions)
@@ -277,15 +314,35 @@ class Round:
             "dead": sorted(self._dead),
             "positions": positions | reports,
             "frames": frames,
+            "starts": self._starts(positions),
         }
         return [
             Notify(tuple(sorted(self._all)), facts),
             Record("gathered", {"epoch": self.epoch, "dead": sorted(self._dead)}),
         ]
 
+    def _starts(self, positions: Json) -> Json:
+        """The iterations that ranks can begin of which nobody knows how far they were."""
+        return {
+            rank: sorted({split_key(e["key"])[1] for e in listed if self._counts(e)})
+            for answer in self._answers.gathered.values()
+            for rank, listed in answer.starts.items()
+            if rank not in positions
+        }
+
+    def _counts(self, entry: Json) -> bool:
+        """Whether an entry tells of a state that training has been through, and not of one that was
+        given up: a copy on another node outlives the owner's.
+        """
+        kind, iteration = split_key(entry["key"])
+        # A header is of the state that its iteration begins with.
+        of, epoch = iteration - (kind == "header"), entry.get("meta", {}).get("epoch", 0)
+        return not any(e > epoch and at < of for e, at in self._went_on)
+
     def _resume(self) -> list[Command]:
         self._machine.take(Step.JOINED)
         recovered = sorted(self._dead)
+        self._went_on.append((self.epoch, self._committed))
         self._dead.clear()
         self._ready.clear()
         self._first_code = 0
@@ -298,6 +355,12 @@ class Round:
         if (event.epoch, event.phase) != (self.epoch, self.phase) or not self.missing():
             return []
         seconds = event.timeout.total_seconds()
+        if self._lost:
+            return self._hopeless(
+                f"no node took the place of nodes {sorted(self._lost)} within {seconds:g} s; raise"
+                " --moetion-timeout if it takes longer to start one",
+                state_lost=True,
+            )
         who = "nodes" if self.phase is Phase.GATHERING else "ranks"
         return self._hopeless(
             f"{who} {self.missing()} did not answer within {seconds:g} s in phase"
@@ -319,7 +382,7 @@ def _furthest(positions: Mapping[Any, Json]) -> int:
     return max((position["committed"] for position in positions.values()), default=0)
 
 
-def _anywhere(gathered: Sequence[Gathered]) -> Json:
+def _anywhere(gathered: Sequence[Gathered], counts: Callable[[Json], bool]) -> Json:
     """What can be read of each rank's frames: its own, and copies of those that it lacks.
 
     One sound copy on a node that lives is enough to rebuild from. What the owner has dropped does
@@ -337,6 +400,8 @@ def _anywhere(gathered: Sequence[Gathered]) -> Json:
             own += [
                 entry
                 for entry in listed
-                if entry["key"] not in known and split_key(entry["key"])[1] >= below.get(rank, 0)
+                if entry["key"] not in known
+                and split_key(entry["key"])[1] >= below.get(rank, 0)
+                and counts(entry)
             ]
     return frames

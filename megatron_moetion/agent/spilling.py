@@ -111,6 +111,20 @@ class Spilling:
             self._valid = span.iteration
         return [report, Settle(span, valid=not failed), Release(span), *self._start()]
 
+    def lost(self) -> list[Order]:
+        """A node is lost, and what it would have written with it: what is under way is given up."""
+        orders: list[Order] = []
+        if self._offered is not None:
+            self._given_up = self._offered.iteration
+            orders.append(Release(self._offered))
+            self._offered, self._offers = None, set()
+        if self._writing is not None:
+            span, self._writing, self._errors = self._writing, None, {}
+            self._newest = span.iteration
+            report = self._problem("spill-failed", span, "a node is lost")
+            orders += [report, Settle(span, valid=False), Release(span)]
+        return orders
+
     def _start(self) -> list[Order]:
         if self._writing is not None or self._offered is None or self._offers != self._ranks:
             return []

@@ -31,10 +31,16 @@ class Store(Protocol):
 
 
 class InboxLog:
-    """Writes this rank's entries, reads anybody's."""
+    """Writes this rank's entries, reads anybody's.
+
+    Attributes:
+        epoch: of the last recovery, put on what is written: copies of what is given up later may
+            outlive it.
+    """
 
     def __init__(self, store: Store, global_rank: int, device: torch.device | str = "cpu") -> None:
         self._store, self._global_rank, self._device = store, global_rank, device
+        self.epoch = 0
 
     def write(self, key: Key, tensors: Sequence[torch.Tensor]) -> None:
         """Logs tensors. Once this returns, the caller may overwrite or free the sources."""
@@ -53,7 +59,7 @@ class InboxLog:
             bundle.Unsupported: naming a value that cannot be logged.
         """
         meta, data = bundle.pack(state)
-        self._store.put(str(key), data, meta)
+        self._store.put(str(key), data, {**meta, "epoch": self.epoch})
 
     def read_state(self, key: Key, global_ranks: Iterable[int] | None = None) -> Any:
         """The logged state, or None when none of these ranks (default: this one) has it.

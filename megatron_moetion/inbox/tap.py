@@ -43,8 +43,9 @@ class Cursor:
         iteration: the iteration that entries are logged under.
         progress: how far inside it; from AFTER_STEP on every collective is small talk: logged and
             repeatable.
-        refeed: the iteration whose small talk was cut by a failure: results that a peer already has
-            are taken from its log instead of asking peers that have moved on.
+        refeed: the newest iteration of whose small talk peers may have had some before a failure:
+            results that a peer already has are taken from its log instead of asking peers that have
+            moved on.
         counts: entries so far in this iteration, by kind and place.
         replays: iterations are replayed from what entered the stage (the stage cut). Else nothing
             of it is logged, and an iteration that is cut short anywhere is run again as a whole.
@@ -187,7 +188,10 @@ class CollectiveTap:
         place = f"{label}+" if self._apart else label
         key = CollectiveKey(self._cursor.iteration, place, self._cursor.take(f"collective/{place}"))
         outputs = _tensors(name, bound)
-        if self._cursor.mode is Mode.REPLAY or self._cursor.refeed == self._cursor.iteration:
+        refed = self._cursor.iteration <= self._cursor.refeed
+        # What is run again as a whole has other results before its end.
+        refed = refed and (self._cursor.replays or self._cursor.small_talk)
+        if self._cursor.mode is Mode.REPLAY or refed:
             if self._feed(key, outputs, members):
                 self._seen(members)
                 return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -92,6 +92,7 @@ class Facts:
         dead: global ranks that are rebuilt by replacements.
         positions: last known position of every rank; a dead rank's is the one it reported last.
         frames: sealed frames of every rank, ascending by iteration.
+        starts: of each rank whose position went with its node, the iterations that it can begin.
     """
 
     epoch: int
@@ -99,6 +100,7 @@ class Facts:
     dead: tuple[int, ...]
     positions: Mapping[int, Position]
     frames: Mapping[int, tuple[FrameInfo, ...]]
+    starts: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,15 @@ def commit_point(positions: Iterable[Position]) -> int:
     return max((p.committed for p in positions), default=0)
 
 
+def has_result(position: Position, committed: int, by_shard: bool) -> bool:
+    """Whether the training step that a dead rank was in is not run by its replacement as usual, as
+    its result is in the log or comes from a replay.
+    """
+    if by_shard:
+        return position.progress is Progress.RETURNED
+    return position.iteration == committed
+
+
 def reached(position: Position) -> int:
     """The newest iteration that a rank has been through."""
     return position.iteration - (position.progress is not Progress.RETURNED)
@@ -290,6 +301,8 @@ def make_shard_plan(facts: Facts) -> Plan:
     newest = min(reached(position) for position in facts.positions.values())
     for at in range(newest, -1, -1):
         further = {r for r, position in facts.positions.items() if position.committed > at}
+        if any(at + 1 not in starts for starts in facts.starts.values()):
+            continue
         ranks = sorted(further | set(facts.dead))
         bases = [(rank, shard_base(facts.frames.get(rank, ()), at)) for rank in ranks]
         found = tuple((rank, base) for rank, base in bases if base is not None)
@@ -300,3 +313,17 @@ def make_shard_plan(facts: Facts) -> Plan:
         f"no iteration up to {newest} can be rebuilt: no complete set of frames is left (sealed "
         f"frames by rank: {held})"
     )
+
+
+def entered(facts: Facts, global_rank: int) -> Position:
+    """Where a replacement enters training: where its predecessor was last or, where nobody knows
+    that, the iteration behind the one that counts as done.
+
+    Raises:
+        NothingToRebuildFrom: see `make_shard_plan`.
+    """
+    known = facts.positions.get(global_rank)
+    if known is not None:
+        return known
+    at = make_shard_plan(facts).committed
+    return Position(at + 1, Progress.BEFORE_COMMIT, at, at)

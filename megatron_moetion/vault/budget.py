@@ -38,12 +38,14 @@ class Need:
         frames: all others that are kept at the same time, and the one that is being written.
         inbox: the logs of all iterations that are kept.
         spill: frames and logs that are kept longer than that, to be written to disk.
+        headers: those of the inbox; a copy of one has a chunk of its own.
     """
 
     start: int
     frames: int
     inbox: int
     spill: int = 0
+    headers: int = 0
 
     @property
     def total(self) -> int:
@@ -51,8 +53,8 @@ class Need:
 
     @property
     def copies(self) -> int:
-        """On each node that holds copies of the frames."""
-        return self.start + self.frames
+        """On each node that holds copies."""
+        return self.start + self.frames + self.headers
 
 
 def need_of(
@@ -82,12 +84,14 @@ def need_of(
     # more, as a replacement cannot fill up what its predecessor began.
     kept, spilled = schedule.frames_kept + 1 + kept_longer, schedule.window + 1 if spills else 0
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
+    num_headers, header_bytes = inbox.get("header", (0, 0))
     start = frame_bytes(schedule.dense, by_name, buffer_bytes)
     return Need(
         start=size_class(start),
         frames=kept * size_class(largest),
         inbox=(kept + 1) * logs,
         spill=spilled * (size_class(largest) + logs),
+        headers=(kept + 1) * num_headers * size_class(header_bytes),
     )
 
 
@@ -103,6 +107,7 @@ def need_of_change(needs: Sequence[Need]) -> Need:
         frames=sum(need.frames for need in largest),
         inbox=sum(need.inbox for need in largest),
         spill=max(need.spill for need in needs),
+        headers=sum(need.headers for need in largest),
     )
 
 

@@ -25,7 +25,7 @@ from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
-from megatron_moetion.recovery.plan import Progress
+from megatron_moetion.recovery.plan import NothingToRebuildFrom, entered, has_result
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
 from megatron_moetion.steering import Options, Steering
@@ -218,7 +218,11 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
             this.receive_facts(epoch)
         except Superseded:
             continue
-    position = this.facts.positions[this.global_rank]
+    try:
+        position = entered(this.facts, this.global_rank)
+    except NothingToRebuildFrom as error:
+        this.send("hopeless", reason=str(error), state_lost=True)
+        raise
     state = _own_state(this, position.iteration)
     options = get_args()
     for name, value in state["counters"].items():
@@ -261,8 +265,8 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     host_view.load_loop_state(state)
     facts = job().facts
     assert facts is not None
-    returned = facts.positions[job().global_rank].progress is Progress.RETURNED
-    if returned if job().config.cut == "shard" else iteration == facts.committed:
+    position = entered(facts, job().global_rank)
+    if has_result(position, facts.committed, job().config.cut == "shard"):
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
@@ -316,7 +320,7 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     )  # fmt: skip
     if state is not None:
         steering.load_state(state["steering"])
-        if not this.claimed:
+        if this.anew and not this.claimed:
             steering.start_at(iteration)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.claimed:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"

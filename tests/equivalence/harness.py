@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ class Runner:
         without: Sequence[str] = (),
         meddle: Callable[[Path], None] | None = None,
         port: int | None = None,
+        restarts: bool = False,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
@@ -117,6 +119,7 @@ class Runner:
                 are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
             port: of the job's store, for whoever meddles with it.
+            restarts: an agent that is killed (`kill_agent`) is started again, as a scheduler would.
         """
         directory = self._scratch / name
         words = model_args(
@@ -136,7 +139,9 @@ class Runner:
         ]
         code = once(
             self._scratch / f"{name}.code",
-            lambda: _train(launcher, agents, program, environments, directory, meddle, port),
+            lambda: _train(
+                launcher, agents, program, environments, directory, meddle, port, restarts
+            ),
         )
         return Run(directory, int(code), (directory / "log").read_text())
 
@@ -158,6 +163,7 @@ def _train(
     directory: Path,
     meddle: Callable[[Path], None] | None,
     port: int | None,
+    restarts: bool,
 ) -> int:
     """Runs the launchers and whoever meddles; the exit code."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -165,7 +171,7 @@ def _train(
     meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
     if meddling is not None:
         meddling.start()
-    code = _launch(launcher, agents, program, environments, directory / "log", port)
+    code = _launch(launcher, agents, program, environments, directory, port, restarts)
     if meddling is not None:
         for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
             with file.open("a") as log:
@@ -179,8 +185,9 @@ def _launch(
     agents: Sequence[int],
     program: list[str],
     environments: Sequence[dict[str, str]],
-    log: Path,
-    port: int | None = None,
+    directory: Path,
+    port: int | None,
+    restarts: bool,
 ) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
     or 0.
@@ -201,18 +208,30 @@ def _launch(
         [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
         for node, count in enumerate(agents)
     ]
-    with log.open("w") as out:
-        launchers = [
-            subprocess.Popen(
-                each, cwd=ROOT, env={**env, **shared},
+    with (directory / "log").open("w") as out:
+
+        def start(node: int) -> subprocess.Popen[bytes]:
+            started = subprocess.Popen(
+                commands[node], cwd=ROOT, env={**environments[node], **shared},
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            )
-            for each, env in zip(commands, environments, strict=True)
-        ]  # fmt: skip
+            )  # fmt: skip
+            (directory / f"launcher-{node}.pid").write_text(str(started.pid))
+            return started
+
+        def end(node: int) -> int:
+            while True:
+                code = launchers[node].wait(timeout=LIMIT_SECONDS)
+                if not restarts or code != -signal.SIGKILL:
+                    return code
+                launchers[node] = start(node)
+
+        launchers = {node: start(node) for node in range(len(commands))}
         try:
-            codes = [each.wait(timeout=LIMIT_SECONDS) for each in launchers]
+            # Each in a thread: whichever is killed has to come back while the others wait for it.
+            with ThreadPoolExecutor(len(commands)) as waiting:
+                codes = list(waiting.map(end, range(len(commands))))
         finally:
-            for each in launchers:
+            for each in launchers.values():
                 each.kill()
     return next((code for code in codes if code), 0)
 
@@ -252,6 +271,11 @@ def kill_workers(directory: Path, global_ranks: Sequence[int]) -> None:
     pids = {e["global_rank"]: e["pid"] for e in started}
     for rank in global_ranks:
         os.kill(pids[rank], signal.SIGKILL)
+
+
+def kill_agent(directory: Path, node: int) -> None:
+    """SIGKILL to the agent of a node; its workers go with it."""
+    os.kill(int((directory / f"launcher-{node}.pid").read_text()), signal.SIGKILL)
 
 
 def assert_within_claim(run: Run) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from megatron_moetion.agent.backlog import Backlog, Dropped, Forgotten, Sealed
 from megatron_moetion.vault.entry import Entry
 
@@ -38,6 +42,17 @@ def test_a_closed_backlog_hands_back_what_waited_and_takes_nothing_more() -> Non
     assert backlog.close() == [sealed(0, 1)]
     assert not backlog.put(sealed(0, 2))
     assert backlog.close() == []
+    with pytest.raises(EOFError):
+        backlog.take()
+
+
+def test_a_header_is_not_given_up_with_the_frames_that_are_late() -> None:
+    backlog = Backlog()
+    header = Sealed(0, replace(sealed(0, 2).entry, key="header/2/start"))
+    for item in (sealed(0, 1), header, sealed(0, 2)):
+        backlog.put(item)
+    assert backlog.start_anew(0) == 1
+    assert backlog.close()[1:] == [header, sealed(0, 2)]
 
 
 def runs(share: float, kept: int, num_frames: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 
 import pytest
@@ -46,3 +46,34 @@ def test_the_store_stays_until_the_last_node_has_read_who_is_there() -> None:
 def test_a_node_that_does_not_appear_is_named() -> None:
     with pytest.raises(MembershipError, match=r"node 1 of 2 did not appear within 0\.2 s"):
         meet(rendezvous(free_port(), timeout=timedelta(seconds=0.2)), 1)
+
+
+def test_who_comes_when_the_job_is_going_on_asks_for_a_place_and_keeps_its_label() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as nodes:
+        meetings = list(nodes.map(lambda rank: meet(rendezvous(port, rank), 2 + rank), (0, 1)))
+    assert not any(meeting.stands_in for meeting in meetings)
+    late = meet(replace(rendezvous(port, 1), domain="elsewhere"), 3)
+    assert late.stands_in
+    assert late.run_id == meetings[0].run_id
+    assert late.members.nodes[0] == meetings[0].members.nodes[0]
+    own = late.members.own
+    assert own.port == late.listener.getsockname()[1] != meetings[1].members.own.port
+    assert replace(own, port=0) == replace(meetings[1].members.own, port=0)
+    with pytest.raises(MembershipError, match="node 1 of the job has 3 workers"):
+        meet(rendezvous(port, 1), 2)
+    for meeting in (*meetings, late):
+        meeting.listener.close()
+
+
+def test_a_node_rank_that_is_given_twice_at_the_start_is_refused() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as hosting:
+        first = hosting.submit(meet, rendezvous(port), 1)
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+        store.add("moetion/taken/1", 1)
+        with pytest.raises(MembershipError, match="node rank 1 is taken"):
+            meet(rendezvous(port, 1), 1)
+        store.set("moetion/agent/1", json.dumps(asdict(Member(1, "127.0.0.1", 1, 1))))
+        store.set("moetion/agent/read/1", "")
+        first.result().listener.close()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.agent.decision import (
+    AgentJoined,
     AgentLost,
     Command,
     End,
@@ -314,6 +315,66 @@ def test_what_has_failed_too_often_or_lost_a_node_is_no_matter_of_state() -> Non
     assert not end.state_lost
     (end,) = ends(Round(NODES).feed(AgentLost(1, "gone")))
     assert not end.state_lost
+
+
+def test_a_lost_node_is_waited_for_and_its_ranks_are_replaced_on_the_next_one() -> None:
+    leader = Round(NODES, replaces_nodes=True)
+    commands = leader.feed(AgentLost(1, "reset"))
+    assert notices(commands, "freeze") == [
+        Notify((0, 1), {"op": "freeze", "epoch": 1, "dead": [2, 3]})
+    ]
+    assert not [c for c in commands if isinstance(c, Replace)]
+    drive_survivors(leader)
+    assert leader.phase is Phase.REGROUPING
+    (end,) = ends(leader.feed(Expired(1, Phase.REGROUPING, timedelta(seconds=7))))
+    assert "no node took the place of nodes [1] within 7 s" in end.reason
+    leader = Round(NODES, replaces_nodes=True)
+    leader.feed(AgentLost(1, "reset"))
+    drive_survivors(leader)
+    assert [c for c in leader.feed(AgentJoined(1)) if isinstance(c, Replace)] == [
+        Replace(2, 1, ()),
+        Replace(3, 1, ()),
+    ]
+    # One that dies while it starts has no position yet, and is started once more.
+    assert Replace(3, 2, ()) in leader.feed(Exited(3, 1, None))
+
+
+def drive_survivors(leader: Round) -> None:
+    for op in ("report", "settled", "quiesced"):
+        feed_all(leader, [say(r, op, epoch=leader.epoch, position=at(5)) for r in (0, 1)])
+
+
+def test_what_was_given_up_is_no_fact_and_nobody_guesses_where_a_lost_rank_was() -> None:
+    leader = Round(NODES, replaces_nodes=True)
+
+    def lose(went_on: int, copies: list[Any], starts: list[Any]) -> dict[str, Any]:
+        leader.feed(AgentLost(1, "reset"))
+        drive_survivors(leader)
+        leader.feed(AgentJoined(1))
+        feed_all(leader, [say(r, "ready", epoch=leader.epoch) for r in (2, 3)])
+        here = {str(r): at(5) for r in (0, 1)}
+        none: dict[str, Any] = {str(r): None for r in (2, 3)}
+        held = ({"2": copies}, {"2": starts})
+        leader.feed(Gathered(0, leader.epoch, {}, here, {}, *held))
+        commands = leader.feed(Gathered(1, leader.epoch, {}, none))
+        (facts,) = notices(commands, "facts")
+        joined = {"epoch": leader.epoch, "iteration": went_on}
+        feed_all(leader, [say(r, "joined", **joined) for r in WORLD])
+        assert leader.phase is Phase.TRAINING
+        return facts.message
+
+    def entry(kind: str, iteration: int, epoch: int) -> dict[str, Any]:
+        return {"key": f"{kind}/{iteration}/x", "meta": {"epoch": epoch}}
+
+    first = lose(4, [entry("frame", 5, 0)], [entry("header", 5, 0), entry("header", 6, 0)])
+    assert first["positions"].keys() == {"0", "1"}
+    assert first["starts"] == {"2": [5, 6]}
+    # Training went on behind 4 in epoch 1: what was written before that of 5 is not what came.
+    old = [entry("frame", 4, 0), entry("frame", 5, 0)]
+    headers = [entry("header", 5, 0), entry("header", 6, 0), entry("header", 7, 1)]
+    second = lose(4, [*old, entry("frame", 6, 1)], headers)
+    assert [e["key"] for e in second["frames"]["2"]] == ["frame/4/x", "frame/6/x"]
+    assert second["starts"] == {"2": [5, 7]}
 
 
 def test_faults_that_fired_before_a_cold_start_do_not_fire_again() -> None:

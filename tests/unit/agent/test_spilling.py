@@ -55,6 +55,22 @@ def test_a_part_that_fails_fails_the_spill_and_is_said_once_until_one_succeeds()
     assert leader.valid == 12
 
 
+def test_what_is_under_way_when_a_node_is_lost_is_given_up_and_the_next_one_is_written() -> None:
+    leader = Spilling(RANKS, 2)
+    offer(leader, 4, *RANKS)
+    offer(leader, 8, 0)
+    release, report, settle, done = leader.lost()
+    assert release == Release(window(8))
+    assert isinstance(report, Report)
+    assert (report.kind, report.iteration, report.detail) == ("spill-failed", 4, "a node is lost")
+    assert (settle, done) == (Settle(window(4), valid=False), Release(window(4)))
+    # What its agent had written comes too late.
+    assert finish(leader, 4, "", "") == []
+    assert offer(leader, 8, 1) == [Release(window(8))]
+    assert offer(leader, 12, *RANKS) == [Spill(window(12))]
+    assert leader.lost()[0].iteration == 12  # type: ignore[union-attr]
+
+
 def test_the_spill_that_the_job_started_from_is_none_that_it_made() -> None:
     assert Spilling(RANKS, 1, spilled=8).valid is None
 

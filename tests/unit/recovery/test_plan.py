@@ -21,6 +21,7 @@ from megatron_moetion.recovery.plan import (
     StagePlan,
     commit_point,
     dense_from,
+    entered,
     make_plan,
     make_shard_plan,
     needs_result,
@@ -364,3 +365,21 @@ def test_where_no_iteration_can_be_rebuilt_a_shard_plan_says_so() -> None:
     where = Position(6, Progress.BEFORE_COMMIT, 5, 5)
     with pytest.raises(NothingToRebuildFrom, match="no iteration up to 5 can be rebuilt"):
         make_shard_plan(Facts(1, 5, (0,), {0: where}, {0: ()}))
+
+
+def test_a_rank_that_went_with_its_node_limits_how_far_all_go_by_what_was_copied() -> None:
+    parts = frozenset({Part("a")})
+    frames = tuple(FrameInfo(i, parts, frozenset()) for i in range(3, 8))
+    here = Position(8, Progress.BEFORE_COMMIT, 7, 7)
+    copied = {0: frames, 1: frames[:4]}
+
+    def facts(*starts: int) -> Facts:
+        return Facts(1, 7, (1,), {0: here}, copied, {1: frozenset(starts)})
+
+    # A base of 6, but not of 7; then what it begins 7 with lacks, too.
+    assert make_shard_plan(facts(6, 7, 8)).shards == ((0, 6), (1, 6))
+    assert make_shard_plan(facts(5, 6)).committed == 5
+    assert entered(facts(5, 6), 1) == Position(6, Progress.BEFORE_COMMIT, 5, 5)
+    assert entered(facts(5, 6), 0) == here
+    with pytest.raises(NothingToRebuildFrom):
+        make_shard_plan(facts())
