@@ -37,12 +37,17 @@ class Position:
         progress: how far inside it.
         committed: the newest iteration whose commit point it has passed.
         logged: the newest iteration whose log line it has written.
+        ended: (iteration, n): it has been through the first n interludes after that iteration, and
+            through all of earlier ones. It never goes back, also where an iteration is run again.
+        told: likewise, of which it has written what they say.
     """
 
     iteration: int = 0
     progress: Progress = Progress.RETURNED
     committed: int = 0
     logged: int = 0
+    ended: tuple[int, int] = (0, 0)
+    told: tuple[int, int] = (0, 0)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -50,12 +55,20 @@ class Position:
             "progress": self.progress.value,
             "committed": self.committed,
             "logged": self.logged,
+            "ended": list(self.ended),
+            "told": list(self.told),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Position:
         numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged")}
-        return cls(progress=Progress(str(data["progress"])), **numbers)
+        ended, told = (_pair(data[k]) for k in ("ended", "told"))
+        return cls(progress=Progress(str(data["progress"])), ended=ended, told=told, **numbers)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    iteration, count = value
+    return int(iteration), int(count)
 
 
 @dataclass(frozen=True)
