@@ -13,6 +13,8 @@ cut                      where state is rebuilt: a pipeline stage by replay (sta
                          shard by the gradients of its updates (shard)
 boundary tensor          an activation or gradient that crosses a stage edge
 inbox                    the logged inputs of a stage for one iteration
+interlude                what the host does between two training steps and can do again as a whole:
+                         evaluating, saving a checkpoint
 vault                    the host-memory store of frames and logs; it lives in the agent
 agent                    one process per node: starts and watches the workers, owns the vault
 epoch                    generation of the process groups; grows by one with every recovery

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from megatron.training import checkpointing
 from megatron.training import training as host_training
 from megatron.training.global_vars import get_args
 
-from megatron_moetion.host import State
 from megatron_moetion.interlude import Interlude
+from megatron_moetion.unfinished import Unfinished
 
 from . import training as t
 
@@ -58,49 +57,21 @@ def saving(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session.interludes.count("save")
         host(*args, **kwargs)
 
-    files = _Files(args[0], kwargs.get("non_persistent_ckpt", False))
+    files = _files(args[0], kwargs.get("non_persistent_ckpt", False))
     interlude = Interlude("save", run, note=files.note, again=files.again)
     return session.interludes.run(interlude)
 
 
-class _Files:
-    """A checkpoint that is being written, and the file that names the newest one.
-
-    That file is written last, and never names a checkpoint that is being written again.
-    """
-
-    def __init__(self, iteration: int, non_persistent: bool) -> None:
-        args = get_args()
-        folder = args.save
-        if non_persistent:
-            within = os.path.join(args.save, checkpointing._NON_PERSISTENT_CKPT_SUBDIR)
-            folder = args.non_persistent_global_ckpt_dir or within
-        self._named = str(iteration)
-        self._tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
-        name = checkpointing.get_checkpoint_name(folder, iteration, return_base_dir=True)
-        self._checkpoint = Path(name)
-
-    def note(self) -> State:
-        return {"tracker": self._tracker.read_text() if self._tracker.exists() else None}
-
-    def again(self, note: State) -> bool:
-        before, now = note["tracker"], self.note()["tracker"]
-        if now == self._named != before:
-            return True
-        if now != before:
-            # Whoever wrote it died in the middle.
-            self._put_back(before)
-        if before != self._named and self._checkpoint.exists():
-            shutil.rmtree(self._checkpoint)
-        return False
-
-    def _put_back(self, text: str | None) -> None:
-        if text is None:
-            self._tracker.unlink()
-            return
-        aside = self._tracker.with_name(f"{self._tracker.name}.moetion")
-        aside.write_text(text)
-        aside.replace(self._tracker)
+def _files(iteration: int, non_persistent: bool) -> Unfinished:
+    """Where that checkpoint is written, and the file that names the newest one."""
+    args = get_args()
+    folder = args.save
+    if non_persistent:
+        within = os.path.join(args.save, checkpointing._NON_PERSISTENT_CKPT_SUBDIR)
+        folder = args.non_persistent_global_ckpt_dir or within
+    name = checkpointing.get_checkpoint_name(folder, iteration, return_base_dir=True)
+    tracker = checkpointing.get_checkpoint_tracker_filename(folder)
+    return Unfinished(Path(name), Path(tracker), str(iteration))
 
 
 def parameter_sync(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

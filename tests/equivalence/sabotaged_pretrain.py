@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_moetion import session
+from megatron_moetion import interlude, session
 from megatron_moetion.inbox import tap
 from megatron_moetion.recovery import rebuild
 
@@ -87,6 +87,16 @@ def lost_frames() -> None:
 def no_check() -> None:
     """The replay's own comparison with the frames is off, so that only the digests can tell."""
     rebuild.Frames.check = lambda self, iteration, loaded: None  # type: ignore[method-assign]  # that is the point
+
+
+def late_validation() -> None:
+    """Where an evaluation is not done again, the validation data stand one batch too early."""
+    move_on = interlude._Stay.move_on
+
+    def late(self: Any, used: Any) -> None:
+        move_on(self, [max(count - 1, 0) for count in used])
+
+    interlude._Stay.move_on = late  # type: ignore[method-assign]  # that is the point
 
 
 for name in filter(None, os.environ.get("MOETION_TEST_SABOTAGE", "").split(",")):
