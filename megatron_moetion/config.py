@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from megatron_moetion import faults
 
-Cut = Literal["stage", "shard"]
+Cut = Literal["stage", "shard", "auto"]
 WindowPolicy = Literal["auto", "rolling", "tumbling"]
 Popularity = Literal["hard-count", "soft-count", "time-decayed", "capacity-aware", "none"]
 
@@ -127,10 +127,12 @@ class Config:
         default="stage",
         metadata=_flag(
             "--moetion-cut",
-            "stage|shard",
+            "stage|shard|auto",
             "What is rebuilt after a failure. stage: the pipeline stage, by replaying what entered "
             "it. shard: the optimizer shards, by the updates that were made to them; nothing is "
-            "replayed, and frames hold gradients in place of weights.",
+            "replayed, and frames hold gradients in place of weights. auto: what costs less after "
+            "a failure of those that fit memory, copying and replication, as measured before the "
+            "first step.",
             _one_of(Cut),
         ),
     )

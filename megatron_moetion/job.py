@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from math import inf
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # not in its stub
 
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
-from megatron_moetion.config import Config
+from megatron_moetion.config import Config, Cut
 from megatron_moetion.events import EventLog
 from megatron_moetion.faults import Fault, Injector, parse
 from megatron_moetion.recovery.failure import Superseded
@@ -92,7 +93,8 @@ def facts_of(notice: Notice) -> Facts:
     positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
     starts = {int(rank): frozenset(known) for rank, known in notice["starts"].items()}
     dead = tuple(notice["dead"])
-    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts)
+    cut = next((e["meta"]["cut"] for entries in notice["frames"].values() for e in entries), "")
+    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts, cut)
 
 
 @dataclass
@@ -141,6 +143,17 @@ class Job:
         """Where the job's store listens."""
         return int(os.environ["MASTER_PORT"])
 
+    @property
+    def spills(self) -> bool:
+        """Whether windows are written to disk."""
+        return self.link is not None and self.config.spill_interval > 0
+
+    def replication_rate(self) -> float:
+        """Bytes per second of this rank's frames to all their copies; infinite without any."""
+        if not self.num_copies or self.link is None:
+            return inf
+        return float(self.link.request({"op": "measure"})["bytes_per_second"])
+
     def send(self, op: str, **fields: Any) -> None:
         """Tells the agent, if there is one."""
         if self.link is not None:
@@ -171,7 +184,15 @@ class Job:
 
     def receive_facts(self, epoch: int) -> Facts:
         self.facts = facts_of(self.notices.wait("facts", epoch))
+        if self.config.cut == "auto" and self.facts.cut:
+            # A replacement does what was decided before it.
+            self.take_cut(self.facts.cut)
         return self.facts
+
+    def take_cut(self, cut: str) -> None:
+        """What `--moetion-cut auto` has come to."""
+        assert cut in ("stage", "shard")
+        self.config = replace(self.config, cut=cast(Cut, cut))
 
     def connect_store(self) -> None:
         """A connection to the job's store for each epoch: one that was given up is cut."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
+from megatron_moetion.claiming import claim_of, logs_of
 from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
@@ -41,21 +42,14 @@ from megatron_moetion.recovery.plan import (
     reached,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
-from megatron_moetion.schedule import FramePlan, Schedule, generate
+from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
 from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.arena import size_class
-from megatron_moetion.vault.budget import (
-    OTHER_WINDOWS,
-    Claim,
-    Need,
-    frame_bytes,
-    need_of,
-    need_of_change,
-)
+from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
 
 
@@ -346,6 +340,7 @@ class Session:
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
         meta = {**to_meta(iteration, plan, pieces, self._stepped), "epoch": self.log.epoch}
+        meta["cut"] = self.job.config.cut
         ends = operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
         copied = self._frame
@@ -373,33 +368,26 @@ class Session:
         Raises:
             MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
-        steering = self.steering
-        timeline, options = steering.timeline, steering.options
-        logs = {**self.host.inbox(), "steering": (2, steering.log_bytes(self.topology.world_size))}
-        if self._by_shard:
-            del logs["boundary"]
-
-        def need(schedule: Schedule) -> Need:
-            spills = self.job.link is not None and self.job.config.spill_interval > 0
-            return need_of(
-                schedule, self.host.operators, steering.buffer_bytes, logs, spills,
-                timeline.kept(schedule) - schedule.frames_kept,
-            )  # fmt: skip
-
-        # More than one after a start from a spill that another window left.
-        present = [need(schedule) for schedule in timeline.schedules]
-        now, units = timeline.newest, steering.units
-        others = {w: need(generate(units, w, now.policy)).total for w in OTHER_WINDOWS}
-        ceilings = {
-            w: need_of_change([*present, *map(need, options.schedules(units, w))])
-            for w in options.ceilings
-        }
-        claim = Claim(need_of_change(present) if len(present) > 1 else present[0], others, ceilings)
+        steering, timeline = self.steering, self.steering.timeline
+        logs = logs_of(self.host, steering, self._by_shard, self.topology.world_size)
+        claim = claim_of(self.host, steering, logs, self.job.spills)
+        now = timeline.newest
         lag = timeline.kept(now) - now.frames_kept
         self.job.claim_memory(claim, lag)
         steering.ceiling = self.job.ceiling
         granted = claim.with_ceiling(self.job.ceiling)
-        self.job.events.emit("claimed", nbytes=granted.need.total)
+        self.job.events.emit("claimed", nbytes=granted.need.total, device_bytes=self.device_bytes())
+
+    def device_bytes(self) -> int:
+        """Device memory that is taken by one frame on its way, at most; one is at a time. On a CPU
+        there is no way to go.
+        """
+        if self.host.device.type == "cpu":
+            return 0
+        now = self.steering.timeline.newest
+        plans = map(now.frame_of_slot, range(now.window))
+        operators, buffer_bytes = self._operators, self.steering.buffer_bytes
+        return max(staged_bytes(plan, operators, buffer_bytes) for plan in plans)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""

@@ -166,7 +166,8 @@ class CollectiveTap:
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
         if not (self._cursor.replays or self._cursor.small_talk):
-            if crosses and not self._apart:
+            everybody = len(members) == self._topology.world_size
+            if (crosses or everybody) and not self._apart:
                 self._gate.reached("norm")
             result = self._run(host, bound, crosses)
             self._seen(members)

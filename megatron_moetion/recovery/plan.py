@@ -93,6 +93,7 @@ class Facts:
         positions: last known position of every rank; a dead rank's is the one it reported last.
         frames: sealed frames of every rank, ascending by iteration.
         starts: of each rank whose position went with its node, the iterations that it can begin.
+        cut: that the frames were captured for; empty where there are none.
     """
 
     epoch: int
@@ -101,6 +102,7 @@ class Facts:
     positions: Mapping[int, Position]
     frames: Mapping[int, tuple[FrameInfo, ...]]
     starts: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    cut: str = ""
 
 
 @dataclass(frozen=True)

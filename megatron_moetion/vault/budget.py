@@ -141,6 +141,17 @@ def frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes
     return nbytes + buffer_bytes + num_pieces * ALIGNMENT_BYTES
 
 
+def staged_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes: int = 0) -> int:
+    """Device memory that a frame takes until it is copied: what the next iteration overwrites.
+
+    Args:
+        operators: of this rank, by name.
+        buffer_bytes: all model buffers.
+    """
+    gradients = [p for n in plan.light for p in operators[n].params if p.gradient is not None]
+    return buffer_bytes + sum(p.main.nbytes for p in gradients)
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a rank asks its node for.

@@ -20,6 +20,8 @@ from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # n
 from megatron_moetion import topology
 from megatron_moetion.agent.spare import LEFT_ALONE
 from megatron_moetion.config import Config
+from megatron_moetion.cuts import CUTS, CutName
+from megatron_moetion.deciding import decide_cut
 from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
 from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
@@ -29,12 +31,13 @@ from megatron_moetion.recovery.plan import NothingToRebuildFrom, entered, has_re
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
 from megatron_moetion.steering import Options, Steering
-from megatron_moetion.vault.budget import MemoryDoesNotFit
+from megatron_moetion.vault.budget import MemoryDoesNotFit, mib
 
 from ..activation import refuse
 from .export import export
 from .host import Call, MegatronHost
 from .identity import identity
+from .support import why_not_by_stage
 
 JOB: Job | None = None
 SESSION: Session | None = None
@@ -309,8 +312,14 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     this = job()
     _, data_iterator, model, optimizer, scheduler, config, *_ = args
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-    gradients = this.config.cut == "shard"
-    host_view = MegatronHost(model, optimizer, scheduler, iterators, config, gradients)
+
+    def host_for(cut: str) -> MegatronHost:
+        program = (model, optimizer, scheduler, iterators, config)
+        return MegatronHost(*program, gradients=cut == "shard")
+
+    if this.config.cut == "auto":
+        _take_cut(this, host_for)
+    host_view = host_for(this.config.cut)
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
     where = topology.from_pipeline_groups(this.global_rank, pipelines)
     buffer_bytes = sum(tensor.nbytes for tensor in host_view.buffers().values())
@@ -322,10 +331,12 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
         steering.load_state(state["steering"])
         if this.anew and not this.claimed:
             steering.start_at(iteration)
+    SESSION = Session(this, where, host_view, steering)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.claimed:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
-    SESSION = Session(this, where, host_view, steering)
+        if device_bytes := SESSION.device_bytes():
+            print(f"moetion: {owner} takes {mib(device_bytes)} of device memory for copies at most")
     if not this.claimed:
         try:
             SESSION.claim_memory()
@@ -335,6 +346,26 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     if state is not None and not this.claimed:
         # Whoever takes this worker's place must not begin with what was spilled.
         SESSION.log_start(iteration, state)
+
+
+def _take_cut(this: Job, host_for: Callable[[str], MegatronHost]) -> None:
+    """Settles what the user left open, in a job that begins."""
+    ruled_out: dict[CutName, str] = {}
+    by_stage = why_not_by_stage(get_args())
+    if by_stage is not None:
+        ruled_out["stage"] = by_stage
+    if this.config.window_policy == "tumbling":
+        ruled_out["shard"] = "tumbling windows leave gradients out"
+    if len(ruled_out) == len(CUTS):
+        refuse(f"--moetion-cut auto: {'; '.join(f'{c}: {why}' for c, why in ruled_out.items())}")
+    choice = decide_cut(
+        this.config, {cut: host_for(cut) for cut in CUTS}, ruled_out,
+        this.num_copies, this.replication_rate(), this.spills,
+    )  # fmt: skip
+    this.take_cut(choice.cut)
+    this.events.emit("cut", cut=choice.cut, reason=choice.reason)
+    if this.global_rank == 0:
+        print(f"moetion: cut {choice.cut}: {choice.reason}", flush=True)
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
