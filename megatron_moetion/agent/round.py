@@ -318,7 +318,17 @@ class Round:
         }
         return [
             Notify(tuple(sorted(self._all)), facts),
-            Record("gathered", {"epoch": self.epoch, "dead": sorted(self._dead)}),
+            Record(
+                "gathered",
+                {
+                    "epoch": self.epoch,
+                    "dead": sorted(self._dead),
+                    "committed": self._committed,
+                    "newest": {
+                        str(rank): _newest(frames.get(str(rank), [])) for rank in self._dead
+                    },
+                },
+            ),
         ]
 
     def _starts(self, positions: Json) -> Json:
@@ -375,6 +385,11 @@ class Round:
             Record("ended", {"epoch": self.epoch, "reason": reason}),
             End(reason, self._first_code or 1, state_lost, self._injected),
         ]
+
+
+def _newest(frames: Sequence[Json]) -> int:
+    """The iteration of the newest of these frames; -1 if there is none."""
+    return max((split_key(entry["key"])[1] for entry in frames), default=-1)
 
 
 def _furthest(positions: Mapping[Any, Json]) -> int:
