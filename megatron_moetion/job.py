@@ -91,8 +91,9 @@ def facts_of(notice: Notice) -> Facts:
     }
     positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
     starts = {int(rank): frozenset(known) for rank, known in notice["starts"].items()}
+    logged = {int(rank): since for rank, since in notice["logged"].items()}
     dead = tuple(notice["dead"])
-    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts)
+    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts, logged)
 
 
 @dataclass

@@ -4,7 +4,9 @@ its place and begins with the copies that the others hold.
 
 from pathlib import Path
 
-from .harness import Run, Runner, assert_same_bits, follow, kill_agent, kill_workers
+import pytest
+
+from .harness import CUTS, Run, Runner, assert_same_bits, follow, kill_agent, kill_workers
 
 ITERATIONS = 44
 WINDOW = 3
@@ -26,11 +28,12 @@ def _lose(directory: Path) -> None:
             return
 
 
-def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run) -> None:
-    flags = ["--moetion", "--moetion-cut", "shard", "--moetion-window", str(WINDOW)]
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run, cut: str) -> None:
+    flags = ["--moetion", "--moetion-cut", cut, "--moetion-window", str(WINDOW)]
     flags += ["--moetion-replicas", "1"]
     run = runner.run(
-        "node-loss",
+        f"node-loss-{cut}",
         iterations=ITERATIONS,
         workers_of_node=[2, 2],
         flags=flags,
