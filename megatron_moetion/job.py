@@ -92,9 +92,11 @@ def facts_of(notice: Notice) -> Facts:
     }
     positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
     starts = {int(rank): frozenset(known) for rank, known in notice["starts"].items()}
+    logged = {int(rank): since for rank, since in notice["logged"].items()}
     dead = tuple(notice["dead"])
     cut = next((e["meta"]["cut"] for entries in notice["frames"].values() for e in entries), "")
-    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts, cut)
+    told = (notice["epoch"], notice["committed"], dead, positions, frames, starts, logged)
+    return Facts(*told, cut)
 
 
 @dataclass

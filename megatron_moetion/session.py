@@ -27,7 +27,12 @@ from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
 from megatron_moetion.job import Job, Notice
-from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.recovery.failure import (
+    Interrupted,
+    MissingFromInbox,
+    Superseded,
+    is_communication_error,
+)
 from megatron_moetion.recovery.plan import (
     Facts,
     NothingToRebuildFrom,
@@ -35,6 +40,7 @@ from megatron_moetion.recovery.plan import (
     Position,
     Progress,
     StagePlan,
+    entered,
     has_result,
     make_plan,
     make_shard_plan,
@@ -42,6 +48,7 @@ from megatron_moetion.recovery.plan import (
     reached,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
+from megatron_moetion.recovery.remade import Remade
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
@@ -87,7 +94,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
-        self._offered = self._began_here = 0
+        self._offered = self._began_here = self._logs_since = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         self._began: tuple[int, float] | None = None
@@ -510,12 +517,7 @@ class Session:
         """
         facts = self.job.facts
         assert facts is not None
-        known = facts.positions.get(self.job.global_rank)
-        if known is None:
-            # Its node is lost; other facts may have come since the host was told where to begin.
-            self._began_here = iteration - 1
-            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
-        last = self._position = known
+        last = self._position = self._enter(facts, iteration)
         self._dead = facts.dead
         self.cursor.iteration = self._newest = self._next = last.iteration
         # The data iterator of a replacement begins with this one.
@@ -527,6 +529,9 @@ class Session:
             except Exception as error:
                 self._only_superseded(error, facts.epoch)
             facts = self._next_facts(facts.epoch)
+            lost = self.job.global_rank in facts.lost
+            if lost and self._enter(facts, iteration).iteration != iteration:
+                raise RuntimeError(f"the job does not go on in iteration {iteration} any more")
         if self._result is not None:
             self._next = iteration + 1
             return (self._take_result(),)
@@ -543,6 +548,21 @@ class Session:
             self._move(self._position)
             return (tuple(state["result"]),)
         return None
+
+    def _enter(self, facts: Facts, iteration: int) -> Position:
+        """Where a replacement takes up the work of its predecessor, which may have gone with its
+        node.
+        """
+        known = facts.positions.get(self.job.global_rank)
+        if known is not None:
+            return known
+        if self._by_shard:
+            # Other facts may have come since the host was told where to begin.
+            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
+        else:
+            known = entered(facts, self.job.global_rank)
+        self._began_here = known.committed
+        return known
 
     def _next_facts(self, epoch: int) -> Facts:
         epoch = self.job.notices.failure(Interrupted("superseded"), epoch)
@@ -573,8 +593,15 @@ class Session:
         stage = plan.stage(self.topology.pp_rank)
         if stage is None:
             self._joined(plan, replayed=0)
-        else:
+            return
+        self._logs_since = stage.base + 1
+        if self.job.global_rank not in facts.lost:
+            self._logs_since = min(self._position.since, self._logs_since)
+        try:
             self._walk(plan, stage)
+        except MissingFromInbox as error:
+            self.job.send("hopeless", reason=str(error), state_lost=True)
+            raise
 
     def _go_back(self, plan: Plan) -> None:
         """Brings this rank to the start of the iteration behind the one that counts as done."""
@@ -621,6 +648,11 @@ class Session:
             )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
+        if plan.stage(self.topology.pp_rank) is not None:
+            # Whoever fails from here on has been somewhere, also on a node that has just begun.
+            with self._lock:
+                self._position = replace(self._position, since=self._logs_since)
+                self.job.send("position", position=self._position.to_json())
         told = {"iteration": plan.committed, "digest": plan.digest, "replayed": replayed}
         self.job.send("joined", epoch=plan.epoch, **told)
         self.job.notices.wait("resume", plan.epoch)
@@ -645,6 +677,7 @@ class Session:
         self._rebuild = Rebuild(stage, self.host, self.frames, self.log, capture)
         before = replace(self.cursor)
         self._plan = plan
+        self.boundaries.begin_replay(self._remade(plan))
         try:
             self.cursor.mode = Mode.REPLAY
             self._rebuild.load_base()
@@ -659,6 +692,13 @@ class Session:
                 self.cursor.__dict__.update(before.__dict__)
         if not run_on:
             self._joined(plan, len(stage.replay))
+
+    def _remade(self, plan: Plan) -> Remade:
+        assert self.job.store is not None
+        listed = self.job.vault.inventory(self.job.global_rank, "boundary/")
+        store = PrefixStore(f"moetion/sent/{plan.epoch}", self.job.store)
+        logged = frozenset(entry.key for entry in listed)
+        return Remade(plan, self.topology, logged, store, self.job.groups.waits)
 
     def _replay(self, iteration: int) -> None:
         assert self._rebuild is not None
@@ -691,7 +731,12 @@ class Session:
         self.cursor.mode = Mode.LIVE
         self._joined(self._plan, replayed)
         self._move(
-            Position(iteration, Progress.AFTER_STEP, self._plan.committed, self._position.logged)
+            replace(
+                self._position,
+                iteration=iteration,
+                progress=Progress.AFTER_STEP,
+                committed=self._plan.committed,
+            )
         )
 
     def _end_replay(self) -> None:

@@ -29,7 +29,9 @@ from megatron_moetion.vault.placement import Placement
 from megatron_moetion.vault.store import VaultStore
 
 MAX_STREAMS = 4
-"""Connections to one holder; each rank's frames go over the same one, in order."""
+"""Connections to one holder for frames; each rank's go over the same one, in order. Headers have
+one more: what an iteration begins with must not wait until the frame before it is through.
+"""
 MAX_ATTEMPTS = 3
 """Of one transfer that arrives damaged."""
 PROBE_BYTES = 16 << 20
@@ -110,7 +112,7 @@ class Replication:
 
         def streams_to(holder: Member) -> list[_Stream]:
             copy = 1 + self._holders.index(holder.node_rank)
-            return [_Stream(self, members, holder, copy, secret) for _ in range(num_streams)]
+            return [_Stream(self, members, holder, copy, secret) for _ in range(num_streams + 1)]
 
         self._streams_to = streams_to
         self._streams = [streams_to(members.nodes[node]) for node in self._holders]
@@ -137,7 +139,8 @@ class Replication:
             stream.backlog.close()
         for global_rank in self._ranks:
             for entry in self._held_by_owner(global_rank):
-                self._stream_of(streams, global_rank).backlog.put(Sealed(global_rank, entry))
+                item = Sealed(global_rank, entry)
+                self._stream_of(streams, item).backlog.put(item)
         _start(streams)
 
     def stop(self) -> None:
@@ -285,12 +288,16 @@ class Replication:
 
     def _put(self, item: Sealed | Dropped) -> None:
         for streams in self._streams:
-            stream = self._stream_of(streams, item.global_rank)
+            stream = self._stream_of(streams, item)
             if not stream.backlog.put(item) and isinstance(item, Sealed):
                 self.skip(item, 1, "its holder is gone")
 
-    def _stream_of(self, streams: Sequence[_Stream], global_rank: int) -> _Stream:
-        return streams[(global_rank - self._first_rank) % len(streams)]
+    def _stream_of(self, streams: Sequence[_Stream], item: Sealed | Dropped) -> _Stream:
+        *for_frames, for_headers = streams
+        if isinstance(item, Sealed) and split_key(item.entry.key)[0] == "header":
+            return for_headers
+        # Drops go where frames do: those that were sealed before come first.
+        return for_frames[(item.global_rank - self._first_rank) % len(for_frames)]
 
     def _measure(self, global_rank: int) -> None:
         with self._lock:

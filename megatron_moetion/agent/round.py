@@ -307,14 +307,21 @@ class Round:
             # Nobody lives; what the dead said last, their agents know.
             self._committed = _furthest(positions)
         reports = {str(rank): position for rank, position in self._answers.positions.items()}
+        known = positions | reports
         facts = {
             "op": "facts",
             "epoch": self.epoch,
             "committed": self._committed,
             "dead": sorted(self._dead),
-            "positions": positions | reports,
+            "positions": known,
             "frames": frames,
             "starts": self._starts(positions),
+            "logged": {
+                rank: max(below, known[rank].get("since", 0))
+                for answer in self._answers.gathered.values()
+                for rank, below in answer.below.items()
+                if rank in known
+            },
         }
         return [
             Notify(tuple(sorted(self._all)), facts),
@@ -333,12 +340,13 @@ class Round:
 
     def _starts(self, positions: Json) -> Json:
         """The iterations that ranks can begin of which nobody knows how far they were."""
-        return {
-            rank: sorted({split_key(e["key"])[1] for e in listed if self._counts(e)})
-            for answer in self._answers.gathered.values()
-            for rank, listed in answer.starts.items()
-            if rank not in positions
-        }
+        starts: dict[str, set[int]] = {}
+        for answer in self._answers.gathered.values():
+            for rank, listed in answer.starts.items():
+                if rank not in positions:
+                    begun = {split_key(e["key"])[1] for e in listed if self._counts(e)}
+                    starts.setdefault(rank, set()).update(begun)
+        return {rank: sorted(begun) for rank, begun in starts.items()}
 
     def _counts(self, entry: Json) -> bool:
         """Whether an entry tells of a state that training has been through, and not of one that was

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import training
 from megatron.training.global_vars import get_args
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
@@ -27,7 +28,12 @@ from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
 from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
-from megatron_moetion.recovery.plan import NothingToRebuildFrom, entered, has_result
+from megatron_moetion.recovery.plan import (
+    NothingToRebuildFrom,
+    Position,
+    entered,
+    has_result,
+)
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
 from megatron_moetion.steering import Options, Steering
@@ -118,6 +124,8 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     if SESSION is None or SESSION.cursor.mode is Mode.OFF:
         return host(self, **kwargs)
     boundaries = SESSION.boundaries
+    boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
+    boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
     if SESSION.cursor.mode is Mode.REPLAY:
         received = [
             boundaries.receive(direction).to(SESSION.host.device).requires_grad_(True)
@@ -137,8 +145,6 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         }
         handles = {name: _Arrived() for name, wanted in ordered.items() if wanted}
         return received[0], received[1], None if kwargs.get("wait_on_reqs", True) else handles
-    boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
-    boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
     return host(self, **kwargs)
 
 
@@ -222,7 +228,7 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
         except Superseded:
             continue
     try:
-        position = entered(this.facts, this.global_rank)
+        position = _entered(this)
     except NothingToRebuildFrom as error:
         this.send("hopeless", reason=str(error), state_lost=True)
         raise
@@ -233,6 +239,38 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
     options.iteration = position.iteration - 1
     options.num_floating_point_operations_so_far = state["loop"]["flops"] or 0
     return built
+
+
+def _entered(this: Job) -> Position:
+    assert this.facts is not None
+    return entered(this.facts, this.global_rank, this.config.cut == "shard")
+
+
+def build_data_iterators(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Where the batches that a predecessor drew went with its node, they are drawn again: the
+    training data begins with the oldest iteration that may be replayed.
+    """
+    this, options = job(), get_args()
+    first = _first_drawn(this)
+    if first is None:
+        return host(*args, **kwargs)
+    before = options.iteration, options.consumed_train_samples
+    consumed = _own_state(this, first)["counters"]["consumed_train_samples"]
+    # Without any samples the host would count them by iterations.
+    options.consumed_train_samples, options.iteration = consumed, before[0] if consumed else 0
+    try:
+        return host(*args, **kwargs)
+    finally:
+        options.iteration, options.consumed_train_samples = before
+
+
+def _first_drawn(this: Job) -> int | None:
+    """The first iteration whose batches are drawn by a replacement that has no predecessor's log
+    of them.
+    """
+    if this.facts is None or this.config.cut == "shard" or this.global_rank not in this.facts.lost:
+        return None
+    return min(this.facts.starts[this.global_rank])
 
 
 def _own_state(this: Job, iteration: int) -> Any:
@@ -266,10 +304,11 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             SESSION.protect(iteration - 1)
         return SESSION.train_step(iteration, lambda: host(*args, **kwargs))
     host_view.load_loop_state(state)
-    facts = job().facts
+    facts, first_drawn = job().facts, _first_drawn(job())
     assert facts is not None
-    position = entered(facts, job().global_rank)
-    if has_result(position, facts.committed, job().config.cut == "shard"):
+    if first_drawn is not None:
+        SESSION.batches.begin_anew(first_drawn, get_num_microbatches())
+    elif has_result(_entered(job()), facts.committed, job().config.cut == "shard"):
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
@@ -321,7 +360,7 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
         _take_cut(this, host_for)
     host_view = host_for(this.config.cut)
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
-    where = topology.from_pipeline_groups(this.global_rank, pipelines)
+    where = topology.from_pipeline_groups(this.global_rank, pipelines, wraps=len(model) > 1)
     buffer_bytes = sum(tensor.nbytes for tensor in host_view.buffers().values())
     steering = Steering(
         host_view.operators, buffer_bytes, Options.of(this.config), host_view.routing(),

@@ -529,3 +529,25 @@ def test_copies_stand_in_for_what_an_owner_lacks_but_not_for_what_it_dropped() -
     commands = [*leader.feed(second), *leader.feed(first)]
     (facts,) = notices(commands, "facts")
     assert facts.message["frames"] == {"0": listed(9, 8), "1": listed(6), "2": [], "3": []}
+
+
+def test_how_far_logs_reach_back_is_known_of_all_but_lost_ranks() -> None:
+    leader = Round(NODES, replaces_nodes=True)
+    leader.feed(AgentLost(1, "reset"))
+    told = {0: at(5), 1: {**at(5), "since": 4}}
+    for op in ("report", "settled", "quiesced"):
+        feed_all(leader, [say(r, op, epoch=1, position=told[r]) for r in told])
+    leader.feed(AgentJoined(1))
+    feed_all(leader, [say(r, "ready", epoch=1) for r in (2, 3)])
+    headers = lambda *iterations: [{"key": f"header/{i}/x"} for i in iterations]  # noqa: E731
+    here: dict[str, Any] = {str(r): told[r] for r in told}
+    below = {"0": 3, "1": 3}
+    leader.feed(Gathered(0, 1, {}, here, below, {}, {"2": headers(3, 4, 5)}))
+    none: dict[str, Any] = {"2": None, "3": None}
+    # A copy that one holder lacks another may have.
+    answer = Gathered(
+        1, 1, {}, none, {"2": 0, "3": 0}, {}, {"2": headers(4, 5, 6), "0": headers(9)}
+    )
+    (facts,) = notices(leader.feed(answer), "facts")
+    assert facts.message["logged"] == {"0": 3, "1": 4}
+    assert facts.message["starts"] == {"2": [3, 4, 5, 6]}
