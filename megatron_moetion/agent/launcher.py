@@ -245,6 +245,8 @@ def job_of(
         spills=spill_folder(script_args),
         # Nothing that would be replayed is copied to other nodes.
         replaces_nodes=protected and config.cut == "shard" and placement.num_copies > 0,
+        hang_factor=config.hang_factor if protected else 0.0,
+        max_retries=config.max_retries,
     )
 
 

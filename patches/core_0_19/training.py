@@ -40,6 +40,8 @@ JOB: Job | None = None
 SESSION: Session | None = None
 DIGEST_INTERVAL = 0
 DIGEST_DIRECTORY = Path("moetion")
+LONGEST_TRACE = 400
+"""Lines of a traceback that the agent is told."""
 _TRANSFERS = (OpType.SEND.value, OpType.RECV.value, OpType.RECVANYSOURCE.value)
 """Kinds of work that can be waited for only once."""
 
@@ -151,18 +153,19 @@ def next_batch(host: Callable[..., Any], self: Any) -> Any:
 
 
 def counted(place: str) -> Callable[..., Any]:
-    """The handler of forward_step and backward_step: only a place for faults."""
+    """The handler of forward_step and backward_step: only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if SESSION is not None and SESSION.cursor.mode is Mode.LIVE:
-            SESSION.reached(place, SESSION.cursor.take(place))
+        if SESSION is not None:
+            live = SESSION.cursor.mode is Mode.LIVE
+            SESSION.reached(place, SESSION.cursor.take(place) if live else None)
         return host(*args, **kwargs)
 
     return handler
 
 
 def passed(place: str) -> Callable[..., Any]:
-    """The handler of a function that is only a place for faults."""
+    """The handler of a function that is only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is not None:
@@ -383,14 +386,19 @@ def checkpoint_and_decide_exit(host: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def unprotected(what: str) -> Callable[..., Any]:
-    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job."""
+    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job.
+
+    Args:
+        what: one of `progress.PLACES`.
+    """
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is None:
             return host(*args, **kwargs)
         mode, SESSION.cursor.mode = SESSION.cursor.mode, Mode.OFF
         try:
-            return host(*args, **kwargs)
+            with job().progress.aside(what):
+                return host(*args, **kwargs)
         except Exception as error:
             if is_communication_error(error):
                 reason = f"a rank failed during {what}, which cannot be repeated yet"
@@ -432,6 +440,9 @@ def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackTy
     lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
     rank = os.environ.get("RANK", "?")
     os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
+    if JOB is not None:
+        # It is shown once more if the job ends by it.
+        JOB.send("failed", trace=lines[-LONGEST_TRACE:], echo=is_communication_error(error))
     sys.stdout.flush()
     os._exit(1)
 
