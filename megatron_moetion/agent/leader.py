@@ -164,6 +164,8 @@ class Leader:
                 event = Restored(message["iteration"])
             case "said":
                 event = Said(message["global_rank"], message["message"])
+                if message["message"]["op"] == "finished":
+                    self._alarms.vigil.ends()
             case "gathered":
                 parts = ("frames", "positions", "below", "copies", "starts")
                 event = Gathered(node_rank, message["epoch"], *(message[part] for part in parts))

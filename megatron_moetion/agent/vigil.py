@@ -140,6 +140,11 @@ class Vigil:
         self._since, self._next = now, now + self._timeout.total_seconds()
         self._looking, self._killed = None, frozenset()
 
+    def ends(self) -> None:
+        """A rank has finished: how long its peers take to leave says nothing."""
+        self._factor = 0.0
+        self.pauses()
+
     def pauses(self) -> None:
         """Training is over for now: a recovery has limits of its own."""
         self._watching, self._looking = False, None

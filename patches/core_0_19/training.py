@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from megatron.training.global_vars import get_args
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion import topology
+from megatron_moetion.agent import leaving
 from megatron_moetion.agent.spare import LEFT_ALONE
 from megatron_moetion.config import Config
 from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
@@ -40,8 +40,6 @@ JOB: Job | None = None
 SESSION: Session | None = None
 DIGEST_INTERVAL = 0
 DIGEST_DIRECTORY = Path("moetion")
-LONGEST_TRACE = 400
-"""Lines of a traceback that the agent is told."""
 _TRANSFERS = (OpType.SEND.value, OpType.RECV.value, OpType.RECVANYSOURCE.value)
 """Kinds of work that can be waited for only once."""
 
@@ -437,12 +435,11 @@ def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackTy
     # The interpreter's own shutdown waits for process groups whose peers wait for this process to
     # end.
     # Not sys.stderr: torch puts a buffer there while it asks older hooks, and prints it afterwards.
-    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
     rank = os.environ.get("RANK", "?")
+    lines = leaving.traceback_of(error)
     os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
-    if JOB is not None:
-        # It is shown once more if the job ends by it.
-        JOB.send("failed", trace=lines[-LONGEST_TRACE:], echo=is_communication_error(error))
+    if JOB is not None and JOB.link is not None:
+        leaving.tell(JOB.link, error, echo=is_communication_error(error))
     sys.stdout.flush()
     os._exit(1)
 

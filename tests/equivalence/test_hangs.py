@@ -110,3 +110,21 @@ def test_slow_iterations_evaluation_and_saving_are_no_hang(hung: Run) -> None:
     steady = [e for e in hung.events("steady") if began["time"] < e["time"] < ended]
     assert {e["who"] for e in steady} == {f"rank{rank}" for rank in range(4)}
     assert all(e["iteration"] < SLOW_ITERATION for e in steady)
+
+
+def test_an_exception_that_comes_again_ends_the_job_with_its_traceback(runner: Runner) -> None:
+    faults = ";".join(["raise:global_rank=3,iteration=3,at=backward:1"] * 2)
+    flags = ["--moetion", "--moetion-max-retries", "1", "--moetion-fault", faults]
+    run = runner.run("repeats", iterations=8, flags=flags)
+    assert run.code == 1
+    assert [e["recovered"] for e in run.recoveries] == [[3]]
+    shown = run.log.partition("moetion-run: what rank 3 raised first:\n")[2].splitlines()
+    (last,) = [line for line in shown if line.startswith("moetion-run: ending the job:")]
+    assert last.startswith(
+        "moetion-run: ending the job: rank 3 failed 2 times at iteration 3"
+        " (--moetion-max-retries 1): megatron_moetion.faults.InjectedFault: injected by"
+    )
+    trace = shown[: shown.index(last)]
+    assert trace[0] == "[rank3]: Traceback (most recent call last):"
+    assert any("in backward_step" in line or "in forward_backward" in line for line in trace)
+    assert all(line.startswith("[rank3]: ") for line in trace)

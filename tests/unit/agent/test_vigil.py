@@ -184,6 +184,16 @@ def test_an_evaluation_may_take_the_timeout_and_a_hang_behind_it_is_seen_in_time
     assert (job.now, len(job.of(Alarm))) == (600.0, 1)
 
 
+def test_once_a_rank_has_finished_nobody_is_watched_any_more() -> None:
+    job = Job()
+    job.steady()
+    job.vigil.ends()
+    job.until(10_000.0)
+    job.vigil.trains(job.now)
+    assert job.vigil.deadline is None
+    assert job.of(Alarm) == []
+
+
 def test_with_factor_zero_nobody_is_looked_at_but_who_is_inquired_about() -> None:
     job = Job(factor=0)
     job.steady()
