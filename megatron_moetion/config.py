@@ -86,6 +86,17 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    # An iteration as long as usual is no hang.
+    if factor != 0.0 and not 2.0 <= factor < float("inf"):
+        raise ValueError("give 0, or at least 2")
+    return factor
+
+
 def _memory(text: str) -> float | Literal["auto"]:
     if text == "auto":
         return "auto"
@@ -253,6 +264,25 @@ class Config:
             "Start from the newest spill, write an ordinary Megatron checkpoint of it to DIR, and "
             "end.",
             _directory,
+        ),
+    )
+    hang_factor: float = field(
+        default=10.0,
+        metadata=_flag(
+            "--moetion-hang-factor",
+            "FACTOR",
+            "When no rank has made progress for so many times a usual iteration, the rank that "
+            "stopped first is killed and replaced; 0 detects no hang.",
+            _factor,
+        ),
+    )
+    max_retries: int = field(
+        default=3,
+        metadata=_flag(
+            "--moetion-max-retries",
+            "N",
+            "A rank that fails more often than that at one iteration ends the job.",
+            _whole(0),
         ),
     )
     timeout_seconds: float = field(

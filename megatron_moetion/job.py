@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import inf
@@ -23,6 +24,7 @@ from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.config import Config, Cut
 from megatron_moetion.events import EventLog
 from megatron_moetion.faults import Fault, Injector, parse
+from megatron_moetion.progress import Progress
 from megatron_moetion.recovery.failure import Superseded
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
 from megatron_moetion.recovery.regroup import GroupRecorder
@@ -30,13 +32,22 @@ from megatron_moetion.vault import LocalVault, Vault
 from megatron_moetion.vault.budget import Claim, MemoryDoesNotFit, free_bytes, settle
 
 Notice = dict[str, Any]
+PHASES = 4
+"""A notice may be two phases away, each of which the leader ends after the timeout; whoever gave up
+before it would be lost, too.
+"""
 
 
 class Notices:
-    """The agent's notices of the current recovery, waited for by the training thread."""
+    """The agent's notices of the current recovery, waited for by the training thread.
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+    Args:
+        timeout: of each phase; the leader ends a phase that takes longer.
+        on_wait: told 1 when a wait begins and 0 when it ends.
+    """
+
+    def __init__(self, timeout: timedelta, on_wait: Callable[[int], None]) -> None:
+        self._timeout, self._on_wait = timeout, on_wait
         self._changed = threading.Condition()
         self._epoch = 0
         self._got: dict[str, Notice] = {}
@@ -54,7 +65,7 @@ class Notices:
         Raises:
             BaseException: the error itself, when no agent reports a failure in time.
         """
-        with self._changed:
+        with self._changed, self._waiting():
             if not self._changed.wait_for(
                 lambda: self._epoch > handled, self._timeout.total_seconds()
             ):
@@ -68,18 +79,25 @@ class Notices:
             Superseded: when a later failure starts another epoch.
             TimeoutError: when the agent stays silent.
         """
-        with self._changed:
-            ready = self._changed.wait_for(
-                lambda: self._epoch > epoch or op in self._got, self._timeout.total_seconds()
-            )
+        patience = PHASES * self._timeout.total_seconds()
+        with self._changed, self._waiting():
+            ready = self._changed.wait_for(lambda: self._epoch > epoch or op in self._got, patience)
             if self._epoch > epoch:
                 raise Superseded(f"epoch {self._epoch} began")
             if not ready:
                 raise TimeoutError(
-                    f"moetion: no '{op}' from the agent in {self._timeout.total_seconds():.0f} s "
-                    "(--moetion-timeout) during recovery"
+                    f"moetion: no '{op}' from the agent in {patience:.0f} s ({PHASES} times "
+                    "--moetion-timeout) during recovery"
                 )
             return self._got[op]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._on_wait(1)
+        try:
+            yield
+        finally:
+            self._on_wait(0)
 
 
 def facts_of(notice: Notice) -> Facts:
@@ -106,6 +124,7 @@ class Job:
     Attributes:
         replacement: this process takes the place of a dead worker; it sets up on torch's fake
             process group.
+        progress: how far this worker is, for its agent to see.
         num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
         claimed: this rank's memory has been claimed by a predecessor.
@@ -122,6 +141,7 @@ class Job:
     events: EventLog
     injector: Injector
     notices: Notices
+    progress: Progress
     replacement: bool
     num_copies: int = 0
     fake: bool = False
@@ -234,6 +254,7 @@ def open_job(
     epoch = int(os.environ.get("MOETION_EPOCH", "0"))
     fired: list[int] = []
     claimed, anew, num_copies, ceiling = False, False, 0, 0
+    progress = Progress()
     if link is not None:
         hello = {
             "op": "hello",
@@ -245,6 +266,7 @@ def open_job(
         welcome = link.request(hello)
         fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
         ceiling, anew = welcome["ceiling"], welcome["anew"]
+        progress = Progress(welcome["progress"])
         if "MOETION_EPOCH" not in os.environ:
             # Another launcher does not know in which epoch it starts its workers.
             epoch = welcome["epoch"]
@@ -266,9 +288,10 @@ def open_job(
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience), replacement, num_copies, fake=replacement, claimed=claimed,
-        anew=anew, ceiling=ceiling,
+        Notices(patience, progress.waits), progress, replacement, num_copies, fake=replacement,
+        claimed=claimed, anew=anew, ceiling=ceiling,
     )  # fmt: skip
+    job.groups.waits.on_change = progress.waits
     if link is not None:
         link.listen(job.on_notice)
     return job

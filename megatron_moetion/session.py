@@ -27,6 +27,7 @@ from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
 from megatron_moetion.job import Job, Notice
+from megatron_moetion.progress import BETWEEN, RECOVERY, REPLAY
 from megatron_moetion.recovery.failure import (
     Interrupted,
     MissingFromInbox,
@@ -126,12 +127,17 @@ class Session:
         self.job.send("settled", epoch=self._frozen)
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
-        """A scripted fault may fire here; only in training, never in replay."""
-        if self.cursor.mode is Mode.LIVE:
+        """A place that the agent is to see. A scripted fault may fire here; only in training, never
+        in replay.
+        """
+        if self.cursor.mode is not Mode.LIVE:
+            self.job.progress.moved()
+        else:
             # The gather of step i may run inside iteration i + 1, overlapped with its forward
             # passes.
             gather = place == "param-gather"
             iteration = self._position.committed if gather else self._position.iteration
+            self.job.progress.at(place, iteration, microbatch)
             self.job.injector.reach(place, iteration, microbatch)
 
     def begin(self, iteration: int) -> None:
@@ -182,6 +188,9 @@ class Session:
         self.log.write_state(HeaderKey(iteration), {**state, "steering": self.steering.to_state()})
 
     def _time(self, iteration: int) -> None:
+        if self.job.progress.begin(iteration):
+            self.job.events.emit("steady", iteration=iteration)
+            self.job.send("steady")
         now, began = time.perf_counter(), self._began
         if began is not None and began[0] == iteration - 1:
             self.steering.pace.iterated(now - began[1])
@@ -215,7 +224,9 @@ class Session:
             iteration: the iteration, from 1.
             run: runs the host's training step once.
         """
-        return self._run_up_to(iteration, run)
+        result = self._run_up_to(iteration, run)
+        self.job.progress.at(BETWEEN, iteration)
+        return result
 
     def _run_up_to(self, last: int, run: Callable[[], Any]) -> Any:
         """Runs what is next, up to the iteration `last`, and again what is given up; returns what
@@ -483,6 +494,11 @@ class Session:
     def _recover(self, error: Exception) -> None:
         # How long this iteration takes says nothing.
         self._began = None
+        self.job.progress.recovers()
+        with self.job.progress.aside(RECOVERY):
+            self._recover_aside(error)
+
+    def _recover_aside(self, error: Exception) -> None:
         while True:
             epoch = self.job.notices.failure(error, self._handled)
             try:
@@ -517,6 +533,7 @@ class Session:
         """
         facts = self.job.facts
         assert facts is not None
+        self.job.progress.at(RECOVERY, iteration)
         last = self._position = self._enter(facts, iteration)
         self._dead = facts.dead
         self.cursor.iteration = self._newest = self._next = last.iteration
@@ -705,6 +722,7 @@ class Session:
         self.cursor.mode = Mode.REPLAY
         self.cursor.iteration, self.cursor.progress = iteration, Progress.BEFORE_COMMIT
         self.cursor.counts = Counter()
+        self.job.progress.at(REPLAY, iteration)
         self._rebuild.start(iteration)
         try:
             result = self.host.run_step(iteration)

@@ -244,6 +244,8 @@ def job_of(
         fired=() if fall_back is None else fall_back.fired,
         spills=spill_folder(script_args),
         replaces_nodes=protected and placement.num_copies > 0,
+        hang_factor=config.hang_factor if protected else 0.0,
+        max_retries=config.max_retries,
     )
 
 

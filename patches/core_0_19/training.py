@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from megatron.training.global_vars import get_args
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion import topology
+from megatron_moetion.agent import leaving
 from megatron_moetion.agent.spare import LEFT_ALONE
 from megatron_moetion.config import Config
 from megatron_moetion.cuts import CUTS, CutName
@@ -160,18 +160,19 @@ def next_batch(host: Callable[..., Any], self: Any) -> Any:
 
 
 def counted(place: str) -> Callable[..., Any]:
-    """The handler of forward_step and backward_step: only a place for faults."""
+    """The handler of forward_step and backward_step: only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if SESSION is not None and SESSION.cursor.mode is Mode.LIVE:
-            SESSION.reached(place, SESSION.cursor.take(place))
+        if SESSION is not None:
+            live = SESSION.cursor.mode is Mode.LIVE
+            SESSION.reached(place, SESSION.cursor.take(place) if live else None)
         return host(*args, **kwargs)
 
     return handler
 
 
 def passed(place: str) -> Callable[..., Any]:
-    """The handler of a function that is only a place for faults."""
+    """The handler of a function that is only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is not None:
@@ -453,14 +454,19 @@ def checkpoint_and_decide_exit(host: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def unprotected(what: str) -> Callable[..., Any]:
-    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job."""
+    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job.
+
+    Args:
+        what: one of `progress.PLACES`.
+    """
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is None:
             return host(*args, **kwargs)
         mode, SESSION.cursor.mode = SESSION.cursor.mode, Mode.OFF
         try:
-            return host(*args, **kwargs)
+            with job().progress.aside(what):
+                return host(*args, **kwargs)
         except Exception as error:
             if is_communication_error(error):
                 reason = f"a rank failed during {what}, which cannot be repeated yet"
@@ -499,9 +505,11 @@ def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackTy
     # The interpreter's own shutdown waits for process groups whose peers wait for this process to
     # end.
     # Not sys.stderr: torch puts a buffer there while it asks older hooks, and prints it afterwards.
-    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
     rank = os.environ.get("RANK", "?")
+    lines = leaving.traceback_of(error)
     os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
+    if JOB is not None and JOB.link is not None:
+        leaving.tell(JOB.link, error, echo=is_communication_error(error))
     sys.stdout.flush()
     os._exit(1)
 

@@ -90,7 +90,7 @@ class Runner:
     """
 
     def __init__(self, scratch: Path, data_prefix: str) -> None:
-        self._scratch, self._data_prefix = scratch, data_prefix
+        self.scratch, self._data_prefix = scratch, data_prefix
 
     def run(
         self,
@@ -121,7 +121,7 @@ class Runner:
             port: of the job's store, for whoever meddles with it.
             restarts: an agent that is killed (`kill_agent`) is started again, as a scheduler would.
         """
-        directory = self._scratch / name
+        directory = self.scratch / name
         words = model_args(
             variant, train_iters=iterations, data_prefix=self._data_prefix, **(model or {})
         )
@@ -138,7 +138,7 @@ class Runner:
             for node in range(len(agents))
         ]
         code = once(
-            self._scratch / f"{name}.code",
+            self.scratch / f"{name}.code",
             lambda: _train(
                 launcher, agents, program, environments, directory, meddle, port, restarts
             ),
