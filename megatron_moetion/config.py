@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from megatron_moetion import faults
 
-Cut = Literal["stage", "shard"]
+Cut = Literal["stage", "shard", "auto"]
 WindowPolicy = Literal["auto", "rolling", "tumbling"]
 Popularity = Literal["hard-count", "soft-count", "time-decayed", "capacity-aware", "none"]
 
@@ -86,6 +86,17 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    # An iteration as long as usual is no hang.
+    if factor != 0.0 and not 2.0 <= factor < float("inf"):
+        raise ValueError("give 0, or at least 2")
+    return factor
+
+
 def _memory(text: str) -> float | Literal["auto"]:
     if text == "auto":
         return "auto"
@@ -127,10 +138,12 @@ class Config:
         default="stage",
         metadata=_flag(
             "--moetion-cut",
-            "stage|shard",
+            "stage|shard|auto",
             "What is rebuilt after a failure. stage: the pipeline stage, by replaying what entered "
             "it. shard: the optimizer shards, by the updates that were made to them; nothing is "
-            "replayed, and frames hold gradients in place of weights.",
+            "replayed, and frames hold gradients in place of weights. auto: what costs less after "
+            "a failure of those that fit memory, copying and replication, as measured before the "
+            "first step.",
             _one_of(Cut),
         ),
     )
@@ -251,6 +264,25 @@ class Config:
             "Start from the newest spill, write an ordinary Megatron checkpoint of it to DIR, and "
             "end.",
             _directory,
+        ),
+    )
+    hang_factor: float = field(
+        default=10.0,
+        metadata=_flag(
+            "--moetion-hang-factor",
+            "FACTOR",
+            "When no rank has made progress for so many times a usual iteration, the rank that "
+            "stopped first is killed and replaced; 0 detects no hang.",
+            _factor,
+        ),
+    )
+    max_retries: int = field(
+        default=3,
+        metadata=_flag(
+            "--moetion-max-retries",
+            "N",
+            "A rank that fails more often than that at one iteration ends the job.",
+            _whole(0),
         ),
     )
     timeout_seconds: float = field(

@@ -8,15 +8,16 @@ replacement, which gets the same command line, does not fire it again.
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NoReturn
 
-KINDS = ("kill", "raise", "exit", "corrupt")
+KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "corrupt")
 PLACES = (
     "start",
     "batch",
@@ -48,7 +49,10 @@ class Fault:
 
     Attributes:
         kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
-            once), `corrupt` (a bit of the frame of that iteration flips).
+            once), `exit0` (code 0, as if the script were finished), `oom` (memory is asked for
+            that no device has), `stop` (SIGSTOP to itself), `spin` (an endless loop in C that never
+            gives the GIL away: `sum` over `itertools.repeat`), `corrupt` (a bit of the frame of
+            that iteration flips).
         global_rank: who fails, or whose frame it is.
         iteration: in which iteration (1 is the first optimizer step).
         place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
@@ -190,10 +194,21 @@ class Scripted:
         self._on_fire(index, fault)
 
 
-def _fire(fault: Fault) -> NoReturn:
-    if fault.kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault.kind == "exit":
-        sys.stdout.flush()
-        os._exit(3)
+def _fire(fault: Fault) -> None:
+    match fault.kind:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            # If somebody has it go on, it does.
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        case "spin":
+            sum(itertools.repeat(0))
+        case "oom":
+            # Beyond what an address can name, so that the allocator is sure to raise its own error.
+            torch = importlib.import_module("torch")
+            torch.empty(1 << 60, dtype=torch.uint8, device="cuda")
+        case "exit" | "exit0":
+            sys.stdout.flush()
+            os._exit(3 if fault.kind == "exit" else 0)
     raise InjectedFault(f"injected by --moetion-fault: {fault}")

@@ -52,6 +52,9 @@ class Host(Protocol):
         of each.
         """
 
+    def iteration_flops(self) -> float:
+        """Floating-point operations of this rank in one iteration, on average over all ranks."""
+
     def start_state(self) -> State:
         """State at an iteration's start that is no parameter, optimizer tensor or buffer."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from math import inf
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,10 @@ from torch.distributed import (  # type: ignore[attr-defined]  # not in its stub
 
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
-from megatron_moetion.config import Config
+from megatron_moetion.config import Config, Cut
 from megatron_moetion.events import EventLog
 from megatron_moetion.faults import Fault, Injector, parse
+from megatron_moetion.progress import Progress
 from megatron_moetion.recovery.failure import Superseded
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
 from megatron_moetion.recovery.regroup import GroupRecorder
@@ -29,13 +32,22 @@ from megatron_moetion.vault import LocalVault, Vault
 from megatron_moetion.vault.budget import Claim, MemoryDoesNotFit, free_bytes, settle
 
 Notice = dict[str, Any]
+PHASES = 4
+"""A notice may be two phases away, each of which the leader ends after the timeout; whoever gave up
+before it would be lost, too.
+"""
 
 
 class Notices:
-    """The agent's notices of the current recovery, waited for by the training thread."""
+    """The agent's notices of the current recovery, waited for by the training thread.
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+    Args:
+        timeout: of each phase; the leader ends a phase that takes longer.
+        on_wait: told 1 when a wait begins and 0 when it ends.
+    """
+
+    def __init__(self, timeout: timedelta, on_wait: Callable[[int], None]) -> None:
+        self._timeout, self._on_wait = timeout, on_wait
         self._changed = threading.Condition()
         self._epoch = 0
         self._got: dict[str, Notice] = {}
@@ -53,7 +65,7 @@ class Notices:
         Raises:
             BaseException: the error itself, when no agent reports a failure in time.
         """
-        with self._changed:
+        with self._changed, self._waiting():
             if not self._changed.wait_for(
                 lambda: self._epoch > handled, self._timeout.total_seconds()
             ):
@@ -67,18 +79,25 @@ class Notices:
             Superseded: when a later failure starts another epoch.
             TimeoutError: when the agent stays silent.
         """
-        with self._changed:
-            ready = self._changed.wait_for(
-                lambda: self._epoch > epoch or op in self._got, self._timeout.total_seconds()
-            )
+        patience = PHASES * self._timeout.total_seconds()
+        with self._changed, self._waiting():
+            ready = self._changed.wait_for(lambda: self._epoch > epoch or op in self._got, patience)
             if self._epoch > epoch:
                 raise Superseded(f"epoch {self._epoch} began")
             if not ready:
                 raise TimeoutError(
-                    f"moetion: no '{op}' from the agent in {self._timeout.total_seconds():.0f} s "
-                    "(--moetion-timeout) during recovery"
+                    f"moetion: no '{op}' from the agent in {patience:.0f} s ({PHASES} times "
+                    "--moetion-timeout) during recovery"
                 )
             return self._got[op]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._on_wait(1)
+        try:
+            yield
+        finally:
+            self._on_wait(0)
 
 
 def facts_of(notice: Notice) -> Facts:
@@ -91,8 +110,11 @@ def facts_of(notice: Notice) -> Facts:
     }
     positions = {int(r): Position.from_json(p) for r, p in notice["positions"].items()}
     starts = {int(rank): frozenset(known) for rank, known in notice["starts"].items()}
+    logged = {int(rank): since for rank, since in notice["logged"].items()}
     dead = tuple(notice["dead"])
-    return Facts(notice["epoch"], notice["committed"], dead, positions, frames, starts)
+    cut = next((e["meta"]["cut"] for entries in notice["frames"].values() for e in entries), "")
+    told = (notice["epoch"], notice["committed"], dead, positions, frames, starts, logged)
+    return Facts(*told, cut)
 
 
 @dataclass
@@ -102,6 +124,7 @@ class Job:
     Attributes:
         replacement: this process takes the place of a dead worker; it sets up on torch's fake
             process group.
+        progress: how far this worker is, for its agent to see.
         num_copies: of each frame, on other nodes.
         fake: torch.distributed is still the fake group.
         claimed: this rank's memory has been claimed by a predecessor.
@@ -118,6 +141,7 @@ class Job:
     events: EventLog
     injector: Injector
     notices: Notices
+    progress: Progress
     replacement: bool
     num_copies: int = 0
     fake: bool = False
@@ -140,6 +164,17 @@ class Job:
     def store_port(self) -> int:
         """Where the job's store listens."""
         return int(os.environ["MASTER_PORT"])
+
+    @property
+    def spills(self) -> bool:
+        """Whether windows are written to disk."""
+        return self.link is not None and self.config.spill_interval > 0
+
+    def replication_rate(self) -> float:
+        """Bytes per second of this rank's frames to all their copies; infinite without any."""
+        if not self.num_copies or self.link is None:
+            return inf
+        return float(self.link.request({"op": "measure"})["bytes_per_second"])
 
     def send(self, op: str, **fields: Any) -> None:
         """Tells the agent, if there is one."""
@@ -171,7 +206,15 @@ class Job:
 
     def receive_facts(self, epoch: int) -> Facts:
         self.facts = facts_of(self.notices.wait("facts", epoch))
+        if self.config.cut == "auto" and self.facts.cut:
+            # A replacement does what was decided before it.
+            self.take_cut(self.facts.cut)
         return self.facts
+
+    def take_cut(self, cut: str) -> None:
+        """What `--moetion-cut auto` has come to."""
+        assert cut in ("stage", "shard")
+        self.config = replace(self.config, cut=cast(Cut, cut))
 
     def connect_store(self) -> None:
         """A connection to the job's store for each epoch: one that was given up is cut."""
@@ -211,6 +254,7 @@ def open_job(
     epoch = int(os.environ.get("MOETION_EPOCH", "0"))
     fired: list[int] = []
     claimed, anew, num_copies, ceiling = False, False, 0, 0
+    progress = Progress()
     if link is not None:
         hello = {
             "op": "hello",
@@ -222,6 +266,7 @@ def open_job(
         welcome = link.request(hello)
         fired, claimed, num_copies = welcome["fired"], welcome["claimed"], welcome["copies"]
         ceiling, anew = welcome["ceiling"], welcome["anew"]
+        progress = Progress(welcome["progress"])
         if "MOETION_EPOCH" not in os.environ:
             # Another launcher does not know in which epoch it starts its workers.
             epoch = welcome["epoch"]
@@ -243,9 +288,10 @@ def open_job(
     injector = Injector(parse(config.fault), global_rank, fired, on_fire)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience), replacement, num_copies, fake=replacement, claimed=claimed,
-        anew=anew, ceiling=ceiling,
+        Notices(patience, progress.waits), progress, replacement, num_copies, fake=replacement,
+        claimed=claimed, anew=anew, ceiling=ceiling,
     )  # fmt: skip
+    job.groups.waits.on_change = progress.waits
     if link is not None:
         link.listen(job.on_notice)
     return job

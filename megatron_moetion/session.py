@@ -21,13 +21,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
+from megatron_moetion.claiming import claim_of, logs_of
 from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
 from megatron_moetion.interlude import Interludes
 from megatron_moetion.job import Job, Notice
-from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.progress import BETWEEN, RECOVERY, REPLAY
+from megatron_moetion.recovery.failure import (
+    Interrupted,
+    MissingFromInbox,
+    Superseded,
+    is_communication_error,
+)
 from megatron_moetion.recovery.plan import (
     Facts,
     NothingToRebuildFrom,
@@ -35,6 +42,7 @@ from megatron_moetion.recovery.plan import (
     Position,
     Progress,
     StagePlan,
+    entered,
     has_result,
     make_plan,
     make_shard_plan,
@@ -42,21 +50,15 @@ from megatron_moetion.recovery.plan import (
     reached,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
-from megatron_moetion.schedule import FramePlan, Schedule, generate
+from megatron_moetion.recovery.remade import Remade
+from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
 from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
 from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.arena import size_class
-from megatron_moetion.vault.budget import (
-    OTHER_WINDOWS,
-    Claim,
-    Need,
-    frame_bytes,
-    need_of,
-    need_of_change,
-)
+from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
 
 
@@ -95,7 +97,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
-        self._offered = self._began_here = 0
+        self._offered = self._began_here = self._logs_since = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
         self._began: tuple[int, float] | None = None
@@ -127,12 +129,16 @@ class Session:
         self.job.send("settled", epoch=self._frozen)
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
-        """A scripted fault may fire here; never in replay."""
+        """A place that the agent is to see. A scripted fault may fire here; never in replay."""
+        if self.cursor.mode is not Mode.LIVE:
+            self.job.progress.moved()
         if self.cursor.mode is Mode.LIVE or self.interludes.inside:
             # The gather of step i may run inside iteration i + 1, overlapped with its forward
             # passes.
             gather = place == "param-gather"
             iteration = self._position.committed if gather else self._position.iteration
+            if self.cursor.mode is Mode.LIVE:
+                self.job.progress.at(place, iteration, microbatch)
             self.job.injector.reach(place, iteration, microbatch)
 
     def begin(self, iteration: int) -> None:
@@ -185,6 +191,9 @@ class Session:
         self.log.write_state(HeaderKey(iteration), {**state, "steering": self.steering.to_state()})
 
     def _time(self, iteration: int) -> None:
+        if self.job.progress.begin(iteration):
+            self.job.events.emit("steady", iteration=iteration)
+            self.job.send("steady")
         now, began = time.perf_counter(), self._began
         if began is not None and began[0] == iteration - 1:
             self.steering.pace.iterated(now - began[1])
@@ -218,7 +227,9 @@ class Session:
             iteration: the iteration, from 1.
             run: runs the host's training step once.
         """
-        return self._run_up_to(iteration, run)
+        result = self._run_up_to(iteration, run)
+        self.job.progress.at(BETWEEN, iteration)
+        return result
 
     def _run_up_to(self, last: int, run: Callable[[], Any]) -> Any:
         """Runs what is next, up to the iteration `last`, and again what is given up; returns what
@@ -372,6 +383,7 @@ class Session:
         self.reached("capture")
         self._frame = self.copier.copy(entries[half:], pieces[half:], data)
         meta = {**to_meta(iteration, plan, pieces, self._stepped), "epoch": self.log.epoch}
+        meta["cut"] = self.job.config.cut
         ends = operator_ends(pieces, nbytes)
         damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
         copied = self._frame
@@ -399,33 +411,26 @@ class Session:
         Raises:
             MemoryDoesNotFit: without an agent; with one, the agent ends the job.
         """
-        steering = self.steering
-        timeline, options = steering.timeline, steering.options
-        logs = {**self.host.inbox(), "steering": (2, steering.log_bytes(self.topology.world_size))}
-        if self._by_shard:
-            del logs["boundary"]
-
-        def need(schedule: Schedule) -> Need:
-            spills = self.job.link is not None and self.job.config.spill_interval > 0
-            return need_of(
-                schedule, self.host.operators, steering.buffer_bytes, logs, spills,
-                timeline.kept(schedule) - schedule.frames_kept,
-            )  # fmt: skip
-
-        # More than one after a start from a spill that another window left.
-        present = [need(schedule) for schedule in timeline.schedules]
-        now, units = timeline.newest, steering.units
-        others = {w: need(generate(units, w, now.policy)).total for w in OTHER_WINDOWS}
-        ceilings = {
-            w: need_of_change([*present, *map(need, options.schedules(units, w))])
-            for w in options.ceilings
-        }
-        claim = Claim(need_of_change(present) if len(present) > 1 else present[0], others, ceilings)
+        steering, timeline = self.steering, self.steering.timeline
+        logs = logs_of(self.host, steering, self._by_shard, self.topology.world_size)
+        claim = claim_of(self.host, steering, logs, self.job.spills)
+        now = timeline.newest
         lag = timeline.kept(now) - now.frames_kept
         self.job.claim_memory(claim, lag)
         steering.ceiling = self.job.ceiling
         granted = claim.with_ceiling(self.job.ceiling)
-        self.job.events.emit("claimed", nbytes=granted.need.total)
+        self.job.events.emit("claimed", nbytes=granted.need.total, device_bytes=self.device_bytes())
+
+    def device_bytes(self) -> int:
+        """Device memory that is taken by one frame on its way, at most; one is at a time. On a CPU
+        there is no way to go.
+        """
+        if self.host.device.type == "cpu":
+            return 0
+        now = self.steering.timeline.newest
+        plans = map(now.frame_of_slot, range(now.window))
+        operators, buffer_bytes = self._operators, self.steering.buffer_bytes
+        return max(staged_bytes(plan, operators, buffer_bytes) for plan in plans)
 
     def protect(self, iteration: int) -> None:
         """Takes the dense frame of the starting state: protection begins before the first step."""
@@ -514,6 +519,11 @@ class Session:
     def _recover(self, error: Exception) -> None:
         # How long this iteration takes says nothing.
         self._began = None
+        self.job.progress.recovers()
+        with self.job.progress.aside(RECOVERY):
+            self._recover_aside(error)
+
+    def _recover_aside(self, error: Exception) -> None:
         while True:
             epoch = self.job.notices.failure(error, self._handled)
             try:
@@ -548,13 +558,8 @@ class Session:
         """
         facts = self.job.facts
         assert facts is not None
-        known = facts.positions.get(self.job.global_rank)
-        if known is None:
-            # Its node is lost; other facts may have come since the host was told where to begin.
-            self._began_here = iteration - 1
-            before = iteration - 1
-            known = Position(iteration, Progress.BEFORE_COMMIT, before, before, (iteration, 0))
-        last = self._position = known
+        self.job.progress.at(RECOVERY, iteration)
+        last = self._position = self._enter(facts, iteration)
         self._dead = facts.dead
         self.cursor.iteration = self._newest = self._next = last.iteration
         # The data iterator of a replacement begins with this one.
@@ -566,6 +571,9 @@ class Session:
             except Exception as error:
                 self._only_superseded(error, facts.epoch)
             facts = self._next_facts(facts.epoch)
+            lost = self.job.global_rank in facts.lost
+            if lost and self._enter(facts, iteration).iteration != iteration:
+                raise RuntimeError(f"the job does not go on in iteration {iteration} any more")
         if self._result is not None:
             self._next = iteration + 1
             return (self._take_result(),)
@@ -582,6 +590,21 @@ class Session:
             self._move(self._position)
             return (tuple(state["result"]),)
         return None
+
+    def _enter(self, facts: Facts, iteration: int) -> Position:
+        """Where a replacement takes up the work of its predecessor, which may have gone with its
+        node.
+        """
+        known = facts.positions.get(self.job.global_rank)
+        if known is not None:
+            return known
+        if self._by_shard:
+            # Other facts may have come since the host was told where to begin.
+            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
+        else:
+            known = entered(facts, self.job.global_rank)
+        self._began_here = known.committed
+        return replace(known, ended=(known.iteration, 0), told=(known.iteration, 0))
 
     def _next_facts(self, epoch: int) -> Facts:
         epoch = self.job.notices.failure(Interrupted("superseded"), epoch)
@@ -612,8 +635,15 @@ class Session:
         stage = plan.stage(self.topology.pp_rank)
         if stage is None:
             self._joined(plan, replayed=0)
-        else:
+            return
+        self._logs_since = stage.base + 1
+        if self.job.global_rank not in facts.lost:
+            self._logs_since = min(self._position.since, self._logs_since)
+        try:
             self._walk(plan, stage)
+        except MissingFromInbox as error:
+            self.job.send("hopeless", reason=str(error), state_lost=True)
+            raise
 
     def _go_back(self, plan: Plan) -> None:
         """Brings this rank to the start of the iteration behind the one that counts as done."""
@@ -661,6 +691,11 @@ class Session:
             )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
+        if plan.stage(self.topology.pp_rank) is not None:
+            # Whoever fails from here on has been somewhere, also on a node that has just begun.
+            with self._lock:
+                self._position = replace(self._position, since=self._logs_since)
+                self.job.send("position", position=self._position.to_json())
         told = {"iteration": plan.committed, "digest": plan.digest, "replayed": replayed}
         self.job.send("joined", epoch=plan.epoch, **told)
         self.job.notices.wait("resume", plan.epoch)
@@ -685,6 +720,7 @@ class Session:
         self._rebuild = Rebuild(stage, self.host, self.frames, self.log, capture)
         before = replace(self.cursor)
         self._plan = plan
+        self.boundaries.begin_replay(self._remade(plan))
         try:
             self.cursor.mode = Mode.REPLAY
             self._rebuild.load_base()
@@ -700,11 +736,19 @@ class Session:
         if not run_on:
             self._joined(plan, len(stage.replay))
 
+    def _remade(self, plan: Plan) -> Remade:
+        assert self.job.store is not None
+        listed = self.job.vault.inventory(self.job.global_rank, "boundary/")
+        store = PrefixStore(f"moetion/sent/{plan.epoch}", self.job.store)
+        logged = frozenset(entry.key for entry in listed)
+        return Remade(plan, self.topology, logged, store, self.job.groups.waits)
+
     def _replay(self, iteration: int) -> None:
         assert self._rebuild is not None
         self.cursor.mode = Mode.REPLAY
         self.cursor.iteration, self.cursor.progress = iteration, Progress.BEFORE_COMMIT
         self.cursor.counts = Counter()
+        self.job.progress.at(REPLAY, iteration)
         self._rebuild.start(iteration)
         try:
             result = self.host.run_step(iteration)

@@ -255,7 +255,11 @@ class Steering:
         nothing = torch.zeros(self._routing.shape, device=self._device)
         loads = torch.stack([self._loads.get(i, nothing) for i in span])
         agree.all_reduce(loads, dist.ReduceOp.SUM, self._routing.group)
-        popularity = self.options.measure(self._history(loads.cpu()))
+        loads = loads.cpu()
+        if not loads.any():
+            # Whoever counted them is lost with its node: the order stays.
+            return
+        popularity = self.options.measure(self._history(loads))
         if needs_reorder(self._popularity, popularity):
             self._popularity = popularity
         if self.timeline.newest.first > iteration or not self._popularity:

@@ -21,12 +21,14 @@ class Topology:
             stages).
         next_ranks: for each global rank, the global rank that sends it gradients (cyclic over the
             stages).
+        wraps: the last stage sends activations to the first one, too, as stages are interleaved.
     """
 
     global_rank: int
     pp_ranks: tuple[int, ...]
     prev_ranks: tuple[int, ...]
     next_ranks: tuple[int, ...]
+    wraps: bool = False
 
     @property
     def world_size(self) -> int:
@@ -44,6 +46,15 @@ class Topology:
         """Global ranks of one stage, ascending."""
         return tuple(r for r, p in enumerate(self.pp_ranks) if p == pp_rank)
 
+    def senders(self, pp_rank: int) -> list[int]:
+        """Global ranks of other stages that send something to a rank of a stage."""
+        before = pp_rank > 0 or self.wraps
+        after = pp_rank < self.num_stages - 1 or self.wraps
+        ranks = self.stage(pp_rank)
+        near = [self.prev_ranks[r] for r in ranks if before]
+        near += [self.next_ranks[r] for r in ranks if after]
+        return sorted({r for r in near if self.pp_ranks[r] != pp_rank})
+
     def stages_of(self, global_ranks: Iterable[int]) -> frozenset[int]:
         """The stages that these ranks belong to."""
         return frozenset(self.pp_ranks[r] for r in global_ranks)
@@ -53,13 +64,16 @@ class Topology:
         return len(self.stages_of(global_ranks)) > 1
 
 
-def from_pipeline_groups(global_rank: int, pipelines: Sequence[Sequence[int]]) -> Topology:
+def from_pipeline_groups(
+    global_rank: int, pipelines: Sequence[Sequence[int]], wraps: bool = False
+) -> Topology:
     """Builds the topology from the pipeline groups of the whole job.
 
     Args:
         global_rank: this worker's rank.
         pipelines: every pipeline group, each listing its global ranks from the first stage to the
             last.
+        wraps: see `Topology`.
 
     Raises:
         ValueError: when the groups do not cover each rank exactly once.
@@ -76,4 +90,4 @@ def from_pipeline_groups(global_rank: int, pipelines: Sequence[Sequence[int]]) -
             pp_ranks[rank] = index
             prev_ranks[rank] = pipeline[index - 1]
             next_ranks[rank] = pipeline[(index + 1) % len(pipeline)]
-    return Topology(global_rank, tuple(pp_ranks), tuple(prev_ranks), tuple(next_ranks))
+    return Topology(global_rank, tuple(pp_ranks), tuple(prev_ranks), tuple(next_ranks), wraps)

@@ -60,6 +60,7 @@ class Cost:
         iteration_ms: median.
         rebuild_ms: of the slowest rank, by recovery, replay included.
         replayed, lost: iterations, by recovery: run again by one stage from logs, by everybody.
+        logged: by recovery, whether the frames of who died reach what had been committed.
     """
 
     captured_bytes: float
@@ -69,6 +70,7 @@ class Cost:
     rebuild_ms: Sequence[float]
     replayed: Sequence[int]
     lost: Sequence[int]
+    logged: Sequence[bool]
 
     def cells(self) -> list[str]:
         logged = mib(self.logged_bytes)
@@ -79,12 +81,16 @@ class Cost:
             f"{self.iteration_ms:.0f} ms",
             f"{median(self.rebuild_ms):.0f} / {max(self.rebuild_ms):.0f} ms",
             f"{mean(self.replayed):.1f}",
-            f"{sum(self.lost)} in {len(self.lost)}",
+            f"{self._lost_where(True)}, {self._lost_where(False)}",
         ]
+
+    def _lost_where(self, logged: bool) -> str:
+        lost = [n for n, there in zip(self.lost, self.logged, strict=True) if there is logged]
+        return f"{sum(lost)} in {len(lost)}"
 
 
 HEAD = ["model", "cut", "frames", "logs", "host memory", "iteration", "rebuild, median / worst"]
-HEAD += ["replayed, mean", "lost"]
+HEAD += ["replayed, mean", "lost: captured, not captured"]
 
 
 def cost(directory: Path, words: Sequence[str], kills: int, seed: int) -> Cost:
@@ -137,6 +143,7 @@ def _read(told: Iterable[dict[str, Any]], iteration_ms: float) -> Cost:
     num_frames = numbers["captured entries"] / NUM_WORKERS
     committed = {e["epoch"]: e["committed"] for e in by_kind["planned"] if "committed" in e}
     at = {e["epoch"]: e["iteration"] for e in by_kind.get("went-back", ())}
+    logged = {e["epoch"]: min(e["newest"].values()) >= e["committed"] for e in by_kind["gathered"]}
     replayed: dict[int, int] = dict.fromkeys(committed, 0)
     for event in by_kind["resumed"]:
         epoch = event["epoch"]
@@ -149,6 +156,7 @@ def _read(told: Iterable[dict[str, Any]], iteration_ms: float) -> Cost:
         rebuild_ms=_rebuild_ms(by_kind),
         replayed=list(replayed.values()),
         lost=[committed[epoch] - at.get(epoch, committed[epoch]) for epoch in committed],
+        logged=[logged[epoch] for epoch in committed],
     )
 
 

@@ -88,6 +88,9 @@ class Copies:
                 message = channel.receive()
                 if message["op"] == "claims":
                     self._claim(channel, message, ranks)
+                elif message["op"] == "probe":
+                    _drain(channel, message["nbytes"])
+                    channel.send({"op": "heard"})
                 elif message["global_rank"] not in ranks:
                     raise ValueError(f"rank {message['global_rank']} is not of node {node_rank}")
                 elif message["op"] == "copy":

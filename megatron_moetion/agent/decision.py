@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from megatron_moetion.agent.traces import Trace
 from megatron_moetion.recovery.phase import Phase
 
 Json = dict[str, Any]
@@ -73,11 +74,16 @@ class AgentJoined:
 
 @dataclass(frozen=True)
 class Expired:
-    """The phase of this epoch has taken longer than the timeout."""
+    """The phase of this epoch has taken longer than the timeout.
+
+    Attributes:
+        stuck: of the ranks that it waits for, those that keep the others from answering.
+    """
 
     epoch: int
     phase: Phase
     timeout: timedelta
+    stuck: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,14 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Expel:
+    """Kill these workers, whose ends are then failures like any other."""
+
+    global_ranks: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Gather:
     """Ask every agent for its inventories."""
 
@@ -131,12 +145,14 @@ class End:
         code: of the job.
         state_lost: an older state would do: start anew from a spill if there is a newer one.
         fired: scripted faults that have been injected, by index.
+        trace: the exception that it began with, if it was one.
     """
 
     reason: str
     code: int
     state_lost: bool = False
     fired: tuple[int, ...] = ()
+    trace: Trace | None = None
 
 
-Command = Notify | Replace | Gather | Record | End
+Command = Notify | Replace | Expel | Gather | Record | End

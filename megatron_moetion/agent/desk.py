@@ -175,6 +175,10 @@ class Desk:
                     self._store.discard(rank, message["chunk"])
                 case "claim":
                     self._equipment.claims.take(rank, channel, message)
+                case "measure":
+                    rate = self._equipment.replication.measure()
+                    reply = {"id": message["id"], "bytes_per_second": rate}
+                    channel.send({"op": "measured", **reply})
                 case "fetch":
                     self._fetch(channel, message)
                 case "quarantine":

@@ -128,6 +128,10 @@ class HostedNode(Node):
             self._log.emit("started", global_rank=arrived.global_rank, **told)
             arrived.welcome.set_result(super()._welcome(arrived.global_rank, {}))
 
+    def _pid_of(self, global_rank: int) -> int:
+        guest = self._guests.get(global_rank)
+        return 0 if guest is None else guest.pid
+
     def _guest_ended(self, pidfd: int, guest: Arrived) -> None:
         self._selector.unregister(pidfd)
         os.close(pidfd)
@@ -185,6 +189,8 @@ def _run(spec: dict[str, Any]) -> int:
         placement=placement_of(meeting.members, config),
         faults=faults.parse(config.fault),
         spills=launcher.spill_folder(script_args),
+        hang_factor=config.hang_factor,
+        max_retries=config.max_retries,
     )
     store = VaultStore()
     record = launcher.cold_start(job, script_args, meeting.store, store)

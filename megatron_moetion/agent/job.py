@@ -52,6 +52,8 @@ class Job:
         fired: those that were injected before this agent began again, by index.
         spills: folder of this node's spills; None without them.
         replaces_nodes: another node may take the place of a lost one.
+        hang_factor: of --moetion-hang-factor.
+        max_retries: of --moetion-max-retries.
     """
 
     members: Members
@@ -67,6 +69,8 @@ class Job:
     fired: tuple[int, ...] = ()
     spills: Path | None = None
     replaces_nodes: bool = False
+    hang_factor: float = 0.0
+    max_retries: int = 3
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""

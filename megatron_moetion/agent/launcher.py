@@ -243,8 +243,9 @@ def job_of(
         faults=faults.parse(config.fault),
         fired=() if fall_back is None else fall_back.fired,
         spills=spill_folder(script_args),
-        # Nothing that would be replayed is copied to other nodes.
-        replaces_nodes=protected and config.cut == "shard" and placement.num_copies > 0,
+        replaces_nodes=protected and placement.num_copies > 0,
+        hang_factor=config.hang_factor if protected else 0.0,
+        max_retries=config.max_retries,
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
+from megatron_moetion.agent.alarms import Alarms
 from megatron_moetion.agent.decision import (
     AgentJoined,
     AgentLost,
@@ -17,6 +18,7 @@ from megatron_moetion.agent.decision import (
     End,
     Event,
     Exited,
+    Expel,
     Expired,
     Gather,
     Gathered,
@@ -26,8 +28,10 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.hangs import Observation
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.spilling import Order, Release, Report, Settle, Spill, Spilling
+from megatron_moetion.agent.vigil import Alarm, Inquired, Look, Outcome, Stubborn, Vigil
 from megatron_moetion.agent.wire import Message
 from megatron_moetion.events import EventLog
 from megatron_moetion.recovery.phase import FINAL, Phase
@@ -45,6 +49,9 @@ class Decider(Protocol):
 
     def feed(self, event: Event) -> list[Command]:
         """Take one event and return what to do, in order."""
+
+    def missing(self) -> list[int]:
+        """Whom the phase still waits for."""
 
 
 class Unprotected:
@@ -72,6 +79,10 @@ class Unprotected:
             case _:
                 return []
 
+    def missing(self) -> list[int]:
+        """Nobody is waited for."""
+        return []
+
 
 class Leader:
     """Feeds the round and routes its commands.
@@ -84,6 +95,7 @@ class Leader:
         timeout: for each phase of a recovery.
         spilled: iteration of the spill that the job starts from, 0 if none.
         can_begin_again: the agents start the workers, and may start anew themselves.
+        hang_factor: of --moetion-hang-factor; 0 detects no hang.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class Leader:
         timeout: timedelta,
         spilled: int = 0,
         can_begin_again: bool = True,
+        hang_factor: float = 0.0,
     ) -> None:
         self._members = members
         self._decider = decider
@@ -105,6 +118,9 @@ class Leader:
         self._spilling = Spilling(ranks, len(members.nodes), spilled)
         self._cold = spilled > 0
         self._can_begin_again = can_begin_again
+        self._alarms = Alarms(
+            Vigil(ranks, len(members.nodes), hang_factor, timeout, time.monotonic()), log, timeout
+        )
         self._inbox: deque[tuple[int, Message]] = deque()
         self._detected: float | None = None
         self._deadline: float | None = None
@@ -131,6 +147,14 @@ class Leader:
                 span, kept = Span(**message["message"]["span"]), message["message"]["kept"]
                 self._spill(self._spilling.offered(message["global_rank"], span, kept))
                 return
+            case "said" if message["message"]["op"] == "steady":
+                self._watch(self._alarms.vigil.steady(message["global_rank"], time.monotonic()))
+                return
+            case "looked":
+                seen = [Observation(**each) for each in message["seen"]]
+                told = (node_rank, message["number"], seen, time.monotonic())
+                self._watch(self._alarms.vigil.looked(*told))
+                return
             case "spilled":
                 span = Span(**message["span"])
                 self._spill(self._spilling.written(node_rank, span, message["error"]))
@@ -140,6 +164,8 @@ class Leader:
                 event = Restored(message["iteration"])
             case "said":
                 event = Said(message["global_rank"], message["message"])
+                if message["message"]["op"] == "finished":
+                    self._alarms.vigil.ends()
             case "gathered":
                 parts = ("frames", "positions", "below", "copies", "starts")
                 event = Gathered(node_rank, message["epoch"], *(message[part] for part in parts))
@@ -159,13 +185,44 @@ class Leader:
 
     def seconds_left(self) -> float | None:
         """Until `tick` has something to do; None when nothing is awaited."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        known = [at for at in (self._deadline, self._alarms.vigil.deadline) if at is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
 
     def tick(self) -> None:
-        """Tell the round when a phase has taken too long."""
+        """Look at the ranks when that is due; tell the round when a phase has taken too long."""
+        if self._over:
+            return
+        self._watch(self._alarms.vigil.tick(time.monotonic()))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            self._feed(Expired(self._decider.epoch, self._decider.phase, self._timeout))
+            self._watch(self._alarms.vigil.inquire(self._decider.missing(), time.monotonic()))
+
+    def _watch(self, outcomes: Sequence[Outcome]) -> None:
+        """Do what follows from a look at the ranks."""
+        for outcome in outcomes:
+            match outcome:
+                case Look():
+                    asked = {"number": outcome.number, "ping_seconds": outcome.ping_seconds}
+                    self._everywhere({"op": "look", **asked})
+                case Alarm():
+                    self._alarms.say(outcome)
+                    for each in outcome.verdict.culprits:
+                        self._kill(each.global_rank)
+                case Stubborn():
+                    reason = self._alarms.stubborn(outcome)
+                    rank, told = outcome.culprits[0].global_rank, {"op": "hopeless"}
+                    self._feed(Said(rank, {**told, "reason": reason, "state_lost": True}))
+                case Inquired():
+                    self._alarms.inquired(outcome)
+                    stuck = tuple(each.global_rank for each in outcome.culprits)
+                    decider = self._decider
+                    self._feed(Expired(decider.epoch, decider.phase, self._timeout, stuck))
+                case other:
+                    self._alarms.say(other)
+
+    def _kill(self, global_rank: int) -> None:
+        order: Message = {"op": "kill", "global_rank": global_rank}
+        self._send(self._members.node_of(global_rank), order)
 
     def _feed(self, event: Event) -> None:
         if self._over:
@@ -174,10 +231,14 @@ class Leader:
         before = (self._decider.epoch, self._decider.phase)
         commands = self._decider.feed(event)
         after = (self._decider.epoch, self._decider.phase)
-        if after != before:
+        if after != before or isinstance(event, Expired):
             waits = after[1] is not Phase.TRAINING and after[1] not in FINAL
             limit = time.monotonic() + self._timeout.total_seconds()
             self._deadline = limit if waits else None
+            if waits:
+                self._alarms.vigil.pauses()
+            elif after[1] is Phase.TRAINING:
+                self._alarms.vigil.trains(time.monotonic())
         for command in commands:
             self._execute(command)
         if self._decider.phase is Phase.TRAINING:
@@ -199,6 +260,12 @@ class Leader:
                     "fired": list(command.fired),
                 }
                 self._send(self._members.node_of(command.global_rank), order)
+            case Expel():
+                ranks = list(command.global_ranks)
+                line = f"{command.reason}: ranks {ranks} are killed, and a new round begins"
+                print(f"moetion-run: {line}", file=sys.stderr)
+                for rank in ranks:
+                    self._kill(rank)
             case Gather():
                 self._everywhere({"op": "gather", "epoch": command.epoch})
             case Record():
@@ -208,6 +275,12 @@ class Leader:
 
     def _end(self, end: End) -> None:
         self._over = True
+        self._alarms.vigil.pauses()
+        if end.trace is not None:
+            whose = f"[rank{end.trace.global_rank}]: "
+            text = "".join(f"{whose}{line}\n" for line in end.trace.lines)
+            print(f"moetion-run: what rank {end.trace.global_rank} raised first:", file=sys.stderr)
+            print(text, end="", file=sys.stderr)
         order: Message = {"op": "end", "reason": end.reason, "code": end.code, "fall_back": None}
         spilled = self._spilling.valid
         if spilled is not None and end.state_lost and self._can_begin_again:

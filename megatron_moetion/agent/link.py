@@ -132,6 +132,10 @@ class AgentLink:
             os._exit(ORPHAN_EXIT_CODE)
 
     def _deliver(self, message: Message, payload: bytearray | None) -> None:
+        if message["op"] == "ping":
+            # Nothing but this thread is asked: it answers as long as it gets the GIL.
+            self.send({"op": "pong", "number": message["number"]})
+            return
         if "id" in message:
             with self._lock:
                 future = self._waiting.pop(message["id"])

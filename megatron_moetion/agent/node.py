@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import selectors
 import signal
@@ -35,6 +36,7 @@ from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.supervision import Child
+from megatron_moetion.agent.watch import Watch
 from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
 from megatron_moetion.vault.entry import split_key
@@ -92,6 +94,9 @@ class Node:
         self._desk = Desk(job.members, self._equipment, self._welcome, self._post)
         self._identity: dict[str, str] = {}
         self._spiller = self._open_spiller()
+        self._observer = Watch(
+            self._own.global_ranks, self._pid_of, self._desk.notify, self._report
+        )
         self._spare: Spare | None = None
         self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
@@ -167,6 +172,7 @@ class Node:
                 Round(
                     members.ranks_of_node,
                     fired=self._job.fired,
+                    max_retries=self._job.max_retries,
                     replaces_nodes=self._job.replaces_nodes,
                 )
                 if self._job.protected
@@ -174,7 +180,12 @@ class Node:
             )
             spilled = 0 if self._record is None else self._record.span.iteration
             tools = (members, decider, self._order, self._log, self._job.timeout)
-            self._leader = Leader(*tools, spilled, can_begin_again=self._job.program is not None)
+            self._leader = Leader(
+                *tools,
+                spilled,
+                can_begin_again=self._job.program is not None,
+                hang_factor=self._job.hang_factor,
+            )
             self._admit(self._listener)
             self._await_peers()
         else:
@@ -211,11 +222,15 @@ class Node:
 
     def _turn(self) -> None:
         """Wait for something, then handle all of it."""
-        left = self._leader.seconds_left() if self._leader is not None else None
-        for key, _ in self._selector.select(left):
+        left = [self._observer.seconds_left()]
+        if self._leader is not None:
+            left.append(self._leader.seconds_left())
+        for key, _ in self._selector.select(min((s for s in left if s is not None), default=None)):
             key.data()
         while self._code is None and not self._items.empty():
             self._take(self._items.get())
+        if self._code is None:
+            self._observer.tick()
         if self._leader is not None and self._code is None:
             self._leader.tick()
         supervision.reap_orphans(self._is_child)
@@ -254,6 +269,7 @@ class Node:
             "fired": self._fired,
             "copies": self._job.placement.num_copies,
             "anew": self._record is not None,
+            "progress": self._observer.page_for(global_rank),
         }
 
     def _take(self, item: Item | Written) -> None:
@@ -261,6 +277,8 @@ class Node:
             case FromWorker():
                 if item.message["op"] == "hello":
                     self._meet(item.global_rank, item.message.get("identity", {}))
+                elif item.message["op"] == "pong":
+                    self._observer.pong(item.global_rank, item.message["number"])
                 else:
                     self._pass_on(item.global_rank, item.message)
             case Written():
@@ -377,6 +395,10 @@ class Node:
                 self._release(Span(**order["span"]))
             case "gather":
                 self._gather(order["epoch"])
+            case "look":
+                self._observer.look(order["number"], order["ping_seconds"])
+            case "kill":
+                self._kill(order["global_rank"])
             case "end":
                 self._fall_back = order["fall_back"] and FallBack(*order["fall_back"])
                 self._end(order["reason"], order["code"])
@@ -502,9 +524,24 @@ class Node:
             return
         self._lost(ranks[0], code, child.pid)
 
+    def _pid_of(self, global_rank: int) -> int:
+        worker = self._workers.get(global_rank)
+        return 0 if worker is None else worker.pid
+
+    def _kill(self, global_rank: int) -> None:
+        """A worker hangs; its end is then seen like any other."""
+        pid = self._pid_of(global_rank)
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        elif self._spare is not None and global_rank in self._starts:
+            # It was to start the worker, and has not; its end has the worker started cold.
+            self._spare.child.kill(signal.SIGKILL)
+
     def _lost(self, rank: int, code: int, pid: int) -> None:
         """A worker has ended."""
         self._workers.pop(rank, None)
+        self._observer.forget(rank)
         self._log.emit("exited", global_rank=rank, code=code, epoch=self._epoch, pid=pid)
         self._draining[rank] = code
         if not self._desk.hush(rank):

@@ -14,6 +14,7 @@ from megatron_moetion.agent.decision import (
     End,
     Event,
     Exited,
+    Expel,
     Expired,
     Gather,
     Gathered,
@@ -24,10 +25,10 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.traces import Trace, Traces
+from megatron_moetion.config import Config
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
 from megatron_moetion.vault.entry import split_key
-
-MAX_RETRIES = 3
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Round:
     def __init__(
         self,
         ranks_of_node: tuple[tuple[int, ...], ...],
-        max_retries: int = MAX_RETRIES,
+        max_retries: int = Config().max_retries,
         fired: Iterable[int] = (),
         replaces_nodes: bool = False,
     ) -> None:
@@ -73,6 +74,9 @@ class Round:
         self._replaces_nodes = replaces_nodes
         self._lost: set[int] = set()
         self._went_on: list[tuple[int, int]] = []
+        self._traces = Traces()
+        self._expelled: dict[int, str] = {}
+        self._expelled_in: int | None = None
 
     @property
     def phase(self) -> Phase:
@@ -139,12 +143,25 @@ class Round:
             finished = sorted(self._finished)
             return self._hopeless(f"{how} after ranks {finished} had finished", state_lost=True)
         known = event.position or {}
-        iteration = known.get("iteration", known.get("committed"))
+        return self._retry(event, known.get("iteration", known.get("committed")))
+
+    def _retry(self, event: Exited, iteration: int | None) -> list[Command]:
+        """Replaces a worker that failed in an iteration, or ends the job if it does so always."""
+        rank = event.global_rank
+        self._traces.left(rank, iteration)
         self._failures[rank, iteration] += 1
-        if self._failures[rank, iteration] > self._max_retries:
-            times = self._failures[rank, iteration]
-            return self._hopeless(f"rank {rank} failed {times} times at iteration {iteration}")
-        return self._freeze(event)
+        times = self._failures[rank, iteration]
+        if times <= self._max_retries:
+            return self._freeze(event)
+        expelled, trace = self._expelled.get(rank), self._traces.of(iteration)
+        if expelled is not None:
+            return self._hopeless(f"{expelled}; that was retry {times - 1}", state_lost=True)
+        more = f" (--moetion-max-retries {self._max_retries})"
+        if trace is not None:
+            who = "" if trace.global_rank == rank else f", rank {trace.global_rank} first"
+            more += f"{who}: {trace.last}"
+        reason = f"rank {rank} failed {times} times at iteration {iteration}{more}"
+        return self._hopeless(reason, trace=trace)
 
     def _freeze(self, event: Exited) -> list[Command]:
         rank = event.global_rank
@@ -219,6 +236,8 @@ class Round:
                 self._fired.add(int(message["index"]))
             case "finished":
                 self._finished.add(rank)
+            case "failed":
+                self._traces.raised(rank, message["trace"], message["echo"])
             case "damaged":
                 return self._damaged(message)
             case "hopeless":
@@ -307,28 +326,46 @@ class Round:
             # Nobody lives; what the dead said last, their agents know.
             self._committed = _furthest(positions)
         reports = {str(rank): position for rank, position in self._answers.positions.items()}
+        known = positions | reports
         facts = {
             "op": "facts",
             "epoch": self.epoch,
             "committed": self._committed,
             "dead": sorted(self._dead),
-            "positions": positions | reports,
+            "positions": known,
             "frames": frames,
             "starts": self._starts(positions),
+            "logged": {
+                rank: max(below, known[rank].get("since", 0))
+                for answer in self._answers.gathered.values()
+                for rank, below in answer.below.items()
+                if rank in known
+            },
         }
         return [
             Notify(tuple(sorted(self._all)), facts),
-            Record("gathered", {"epoch": self.epoch, "dead": sorted(self._dead)}),
+            Record(
+                "gathered",
+                {
+                    "epoch": self.epoch,
+                    "dead": sorted(self._dead),
+                    "committed": self._committed,
+                    "newest": {
+                        str(rank): _newest(frames.get(str(rank), [])) for rank in self._dead
+                    },
+                },
+            ),
         ]
 
     def _starts(self, positions: Json) -> Json:
         """The iterations that ranks can begin of which nobody knows how far they were."""
-        return {
-            rank: sorted({split_key(e["key"])[1] for e in listed if self._counts(e)})
-            for answer in self._answers.gathered.values()
-            for rank, listed in answer.starts.items()
-            if rank not in positions
-        }
+        starts: dict[str, set[int]] = {}
+        for answer in self._answers.gathered.values():
+            for rank, listed in answer.starts.items():
+                if rank not in positions:
+                    begun = {split_key(e["key"])[1] for e in listed if self._counts(e)}
+                    starts.setdefault(rank, set()).update(begun)
+        return {rank: sorted(begun) for rank, begun in starts.items()}
 
     def _counts(self, entry: Json) -> bool:
         """Whether an entry tells of a state that training has been through, and not of one that was
@@ -345,6 +382,8 @@ class Round:
         self._went_on.append((self.epoch, self._committed))
         self._dead.clear()
         self._ready.clear()
+        self._expelled.clear()
+        self._traces.goes_on()
         self._first_code = 0
         return [
             Notify(tuple(sorted(self._all)), {"op": "resume", "epoch": self.epoch}),
@@ -362,19 +401,36 @@ class Round:
                 state_lost=True,
             )
         who = "nodes" if self.phase is Phase.GATHERING else "ranks"
-        return self._hopeless(
+        reason = (
             f"{who} {self.missing()} did not answer within {seconds:g} s in phase"
             f" {self.phase.name} (waiting for {self.phase.value}); raise --moetion-timeout if"
-            " they were only slow",
-            state_lost=True,
+            " they were only slow"
         )
+        stuck = [rank for rank in self.missing() if rank in event.stuck] or self.missing()
+        if self.phase is Phase.GATHERING or self._expelled_in == self.epoch:
+            # An agent cannot be replaced, nor who is still there after it was killed.
+            return self._hopeless(reason, state_lost=True)
+        self._expelled_in = self.epoch
+        self._expelled |= dict.fromkeys(stuck, reason)
+        fields = {"epoch": self.epoch, "phase": self.phase.name, "global_ranks": stuck}
+        return [Record("expelled", fields), Expel(tuple(stuck), reason)]
 
-    def _hopeless(self, reason: str, *, state_lost: bool = False) -> list[Command]:
+    def _hopeless(
+        self, reason: str, *, state_lost: bool = False, trace: Trace | None = None
+    ) -> list[Command]:
         self._machine.take(Step.HOPELESS)
+        newest = self._traces.newest
+        if trace is None and newest is not None and not newest.echo:
+            trace = newest
         return [
             Record("ended", {"epoch": self.epoch, "reason": reason}),
-            End(reason, self._first_code or 1, state_lost, self._injected),
+            End(reason, self._first_code or 1, state_lost, self._injected, trace),
         ]
+
+
+def _newest(frames: Sequence[Json]) -> int:
+    """The iteration of the newest of these frames; -1 if there is none."""
+    return max((split_key(entry["key"])[1] for entry in frames), default=-1)
 
 
 def _furthest(positions: Mapping[Any, Json]) -> int:

@@ -11,7 +11,13 @@ from megatron_moetion.config import AUTO_REPLICAS, Config, ConfigError, from_com
 from megatron_moetion.vault.placement import Placement, most_copies, place
 
 SWITCHES = ("--moetion", "--moetion-same-domain")
-FLAGS = ("--moetion-replicas", "--moetion-fault", "--moetion-cut")
+FLAGS = (
+    "--moetion-replicas",
+    "--moetion-fault",
+    "--moetion-cut",
+    "--moetion-hang-factor",
+    "--moetion-max-retries",
+)
 
 
 def option(args: Sequence[str], name: str) -> str | None:

@@ -83,6 +83,23 @@ class Gate(Protocol):
         """A fault may fire here."""
 
 
+class Edges(Protocol):
+    """What a rebuild knows of what crosses stage edges."""
+
+    def logged(self, key: BoundaryKey) -> bool:
+        """Whether it is in this rank's log, from before the rebuild."""
+
+    def tell(self, key: BoundaryKey) -> None:
+        """It is in this rank's log by now: others may wait for it."""
+
+    def wait(self, sender: int, key: BoundaryKey) -> bool:
+        """Returns once it is in the log of a rank that is rebuilt, too; False if that rank is not.
+
+        Raises:
+            Interrupted, dist.DistError: a peer was lost.
+        """
+
+
 # The arguments of each collective that hold its results.
 _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "all_reduce": ("tensor",),
@@ -166,7 +183,8 @@ class CollectiveTap:
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
         if not (self._cursor.replays or self._cursor.small_talk):
-            if crosses and not self._apart:
+            everybody = len(members) == self._topology.world_size
+            if (crosses or everybody) and not self._apart:
                 self._gate.reached("norm")
             result = self._run(host, bound, crosses)
             self._seen(members)
@@ -195,7 +213,7 @@ class CollectiveTap:
             if self._feed(key, outputs, members):
                 self._seen(members)
                 return None
-            if self._cursor.mode is Mode.REPLAY:
+            if self._cursor.mode is Mode.REPLAY and crosses:
                 raise MissingFromInbox(
                     f"replay of iteration {key.iteration} met {name} number {key.ordinal} on "
                     f"group {label} {list(members)}, which nobody logged"
@@ -225,8 +243,7 @@ class CollectiveTap:
             else:
                 break
             if self._feed(key, outputs, members):
-                result = None
-                break
+                return None
             if not repeatable:
                 raise MissingFromInbox(
                     f"iteration {key.iteration} is committed, but nobody holds {key}"
@@ -245,10 +262,14 @@ class CollectiveTap:
     def _feed(
         self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]
     ) -> bool:
-        mine = self._topology.global_rank
-        logged = self._log.read(key, [mine, *(r for r in members if r != mine)])
+        logged = self._log.read(key, [self._topology.global_rank])
         if logged is None:
-            return False
+            others = [rank for rank in members if rank != self._topology.global_rank]
+            logged = self._log.read(key, others)
+            if logged is None:
+                return False
+            # Whoever has it may be the next to be lost.
+            self._log.write(key, logged)
         with torch.no_grad():
             for tensor, value in zip(outputs, logged, strict=True):
                 tensor.copy_(value)
@@ -274,17 +295,32 @@ class BoundaryTap:
     """Logs what this rank sends over a stage edge; in replay, receives come from the neighbours'
     logs.
 
-    In replay nothing is sent: the neighbours that wait have it already.
+    In replay nothing is sent: the neighbours that wait have it already. What is not in the log any
+    more, as it was lost with a node, is logged again, and a neighbour that is rebuilt at the same
+    time waits for that.
     """
 
     def __init__(self, cursor: Cursor, log: InboxLog, topology: Topology) -> None:
         self._cursor, self._log, self._topology = cursor, log, topology
+        self._edges: Edges | None = None
+
+    def begin_replay(self, edges: Edges) -> None:
+        """From now on replays are part of this rebuild."""
+        self._edges = edges
 
     def sent(self, direction: Direction, tensor: torch.Tensor | None) -> None:
         """Logs one tensor that is being sent. The caller may free it once this returns."""
-        if tensor is not None and self._cursor.mode is not Mode.OFF and self._cursor.replays:
-            ordinal = self._cursor.take(f"sent/{direction}")
-            self._log.write(BoundaryKey(self._cursor.iteration, direction, ordinal), [tensor])
+        if tensor is None or self._cursor.mode is Mode.OFF or not self._cursor.replays:
+            return
+        ordinal = self._cursor.take(f"sent/{direction}")
+        key = BoundaryKey(self._cursor.iteration, direction, ordinal)
+        if self._cursor.mode is Mode.LIVE:
+            self._log.write(key, [tensor])
+            return
+        assert self._edges is not None
+        if not self._edges.logged(key):
+            self._log.write(key, [tensor])
+        self._edges.tell(key)
 
     def receive(self, direction: Direction) -> torch.Tensor:
         """The next tensor that enters this stage in replay, on the training device, a fresh copy.
@@ -301,6 +337,8 @@ class BoundaryTap:
         )
         sender = neighbours[self._topology.global_rank]
         logged = self._log.read(key, [sender])
+        if logged is None and self._edges is not None and self._edges.wait(sender, key):
+            logged = self._log.read(key, [sender])
         if logged is None:
             raise MissingFromInbox(
                 f"replay needs {key} of global rank {sender}, which is not in its log"
@@ -316,8 +354,19 @@ class BatchTap:
     def __init__(self, cursor: Cursor, log: InboxLog) -> None:
         self._cursor, self._log = cursor, log
         self._drawn: Counter[tuple[int, int]] = Counter()
+        self._anew: Counter[int] | None = None
+        self._first = self._per_iteration = 0
         self.newest = 0
         """The newest iteration of which batches were drawn, here or by a predecessor."""
+
+    def begin_anew(self, first: int, per_iteration: int) -> None:
+        """What a predecessor drew is lost with its node: the iterators begin with its batches.
+
+        Args:
+            first: the iteration whose batches come first.
+            per_iteration: batches that a chunk draws in each.
+        """
+        self._anew, self._first, self._per_iteration = Counter(), first, per_iteration
 
     def draw(self, chunk: int, draw: Callable[[], Any]) -> Any:
         """Stands around `next` of a training data iterator."""
@@ -326,6 +375,10 @@ class BatchTap:
         iteration = self._cursor.iteration
         key = BatchKey(iteration, chunk, self._cursor.take(f"batch/{chunk}"))
         known = iteration < self.newest or key.microbatch < self._drawn[iteration, chunk]
+        if self._anew is not None:
+            drawn, known = self._draw_up_to(key, self._anew, draw), True
+            if drawn is not None:
+                return drawn
         if self._cursor.mode is Mode.REPLAY or known:
             batch = self._log.read_state(key)
             if batch is None:
@@ -337,6 +390,19 @@ class BatchTap:
             {(iteration, c): n for (i, c), n in self._drawn.items() if i == iteration}
         )
         self._drawn[iteration, chunk], self.newest = key.microbatch + 1, iteration
+        return batch
+
+    def _draw_up_to(self, key: BatchKey, drawn: Counter[int], draw: Callable[[], Any]) -> Any:
+        """Draws and logs what comes before a batch, and the batch itself, which is returned; None
+        if it was drawn before.
+        """
+        wanted = (key.iteration - self._first) * self._per_iteration + key.microbatch
+        batch = None
+        while drawn[key.chunk] <= wanted:
+            further, microbatch = divmod(drawn[key.chunk], self._per_iteration)
+            batch = draw()
+            self._log.write_state(BatchKey(self._first + further, key.chunk, microbatch), batch)
+            drawn[key.chunk] += 1
         return batch
 
 

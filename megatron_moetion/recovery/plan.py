@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_moetion.parts import Part, complete
+from megatron_moetion.recovery.edges import Unfed, newest_bases
 from megatron_moetion.topology import Topology
 
 
@@ -37,6 +38,8 @@ class Position:
         progress: how far inside it.
         committed: the newest iteration whose commit point it has passed.
         logged: the newest iteration whose log line it has written.
+        since: the oldest iteration of which what it sent is in the log of its node; it is not 0
+            where another node took the place of a lost one.
         ended: (iteration, n): it has been through the first n interludes after that iteration, and
             through all of earlier ones. It never goes back, also where an iteration is run again.
         told: likewise, of which it has written what they say.
@@ -46,6 +49,7 @@ class Position:
     progress: Progress = Progress.RETURNED
     committed: int = 0
     logged: int = 0
+    since: int = 0
     ended: tuple[int, int] = (0, 0)
     told: tuple[int, int] = (0, 0)
 
@@ -55,13 +59,14 @@ class Position:
             "progress": self.progress.value,
             "committed": self.committed,
             "logged": self.logged,
+            "since": self.since,
             "ended": list(self.ended),
             "told": list(self.told),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Position:
-        numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged")}
+        numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged", "since")}
         ended, told = (_pair(data[k]) for k in ("ended", "told"))
         return cls(progress=Progress(str(data["progress"])), ended=ended, told=told, **numbers)
 
@@ -106,6 +111,9 @@ class Facts:
         positions: last known position of every rank; a dead rank's is the one it reported last.
         frames: sealed frames of every rank, ascending by iteration.
         starts: of each rank whose position went with its node, the iterations that it can begin.
+        logged: of every rank with a position, the oldest iteration of which what it sent over
+            stage edges is still in its log; 0 for one that is not named.
+        cut: that the frames were captured for; empty where there are none.
     """
 
     epoch: int
@@ -114,6 +122,13 @@ class Facts:
     positions: Mapping[int, Position]
     frames: Mapping[int, tuple[FrameInfo, ...]]
     starts: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    logged: Mapping[int, int] = field(default_factory=dict)
+    cut: str = ""
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Dead ranks of which nothing is left but what was copied to other nodes."""
+        return frozenset(self.dead) - self.positions.keys()
 
 
 @dataclass(frozen=True)
@@ -227,37 +242,103 @@ def _candidates(facts: Facts, ranks: Sequence[int], last: int) -> dict[int, int]
 def _must_replay(facts: Facts, ranks: Sequence[int]) -> bool:
     """Whether the committed iteration itself has to run again on this stage."""
     dead = set(facts.dead)
-    return any(needs_result(facts.positions[r], facts.committed, r in dead) for r in ranks)
+    return any(needs_result(entered(facts, r), facts.committed, r in dead) for r in ranks)
 
 
-def _stage_plan(facts: Facts, topology: Topology, pp_rank: int) -> StagePlan:
+def _stage_bases(facts: Facts, topology: Topology, pp_rank: int) -> dict[int, int]:
+    """The bases that a failed stage has, each with where it becomes dense; at least one."""
     ranks = topology.stage(pp_rank)
     last = facts.committed - 1 if _must_replay(facts, ranks) else facts.committed
     candidates = _candidates(facts, ranks, last)
-    logging = any(facts.positions[r].iteration == facts.committed for r in facts.dead if r in ranks)
+    logging = any(entered(facts, r).iteration == facts.committed for r in facts.dead if r in ranks)
     if max(candidates, default=-1) == facts.committed and logging:
         # A replacement that is about to log needs one iteration to learn what is logged.
         candidates = _candidates(facts, ranks, facts.committed - 1) or candidates
+    begun = {rank: _begun(facts, rank) for rank in facts.lost.intersection(ranks)}
+    oldest = max(begun.values(), default=0) - 1
+    candidates = {base: dense for base, dense in candidates.items() if base >= oldest}
     if not candidates:
         held = {r: [f.iteration for f in facts.frames.get(r, ())] for r in ranks}
+        copied = f"; copies of what iterations begin with by rank: since {begun}" if begun else ""
         raise NothingToRebuildFrom(
             f"stage {pp_rank} cannot be rebuilt at iteration {facts.committed}: no complete set of "
-            f"frames is left (sealed frames by rank: {held})"
+            f"frames is left (sealed frames by rank: {held}{copied})"
         )
-    base = max(candidates)
-    replay = tuple(range(base + 1, facts.committed + 1))
-    return StagePlan(pp_rank, base, candidates[base], replay)
+    return candidates
+
+
+def _begun(facts: Facts, rank: int) -> int:
+    """The oldest iteration from which on a lost rank can begin each one up to the committed one."""
+    oldest, starts = facts.committed + 1, facts.starts.get(rank, frozenset())
+    while oldest - 1 in starts:
+        oldest -= 1
+    return oldest
+
+
+def _senders(facts: Facts, topology: Topology, pp_rank: int) -> dict[int, int | None]:
+    """From which iteration on what entered a stage is in the logs of each neighbour; None where
+    some of it is lost.
+    """
+    lost, found = facts.lost, dict[int, int | None]()
+    for sender in topology.senders(pp_rank):
+        stage, known = topology.pp_ranks[sender], facts.logged.get(sender, 0)
+        before = found.get(stage, 0)
+        found[stage] = None if sender in lost or before is None else max(before, known)
+    return found
 
 
 def make_plan(facts: Facts, topology: Topology) -> Plan:
     """Decides which stages replay what.
 
     Raises:
-        NothingToRebuildFrom: when a failed stage has no complete base on all of its ranks.
+        NothingToRebuildFrom: when a failed stage has no complete base on all of its ranks, or what
+            entered it is lost.
     """
     failed = sorted(topology.stages_of(facts.dead))
-    stages = tuple(_stage_plan(facts, topology, pp_rank) for pp_rank in failed)
+    begins = {entered(facts, rank).iteration for rank in facts.lost}
+    late = [r for r, p in facts.positions.items() if p.iteration == facts.committed]
+    if facts.committed + 1 in begins and late:
+        raise NothingToRebuildFrom(
+            f"ranks {late} are in iteration {facts.committed}, which ranks {sorted(facts.lost)} "
+            "cannot begin: what they began it with was not copied to other nodes"
+        )
+    dense = {pp_rank: _stage_bases(facts, topology, pp_rank) for pp_rank in failed}
+    edges = {
+        (pp_rank, sender): since
+        for pp_rank in failed
+        for sender, since in _senders(facts, topology, pp_rank).items()
+    }
+    try:
+        chosen = newest_bases(_foresighted(facts, topology, dense), edges)
+    except Unfed:
+        try:
+            chosen = newest_bases(dense, edges)
+        except Unfed as error:
+            raise NothingToRebuildFrom(
+                f"stage {error.pp_rank} cannot be rebuilt at iteration {facts.committed}: what "
+                f"stage {error.sender} sent it is in no log any more"
+            ) from None
+    stages = tuple(
+        StagePlan(pp_rank, base, dense[pp_rank][base], tuple(range(base + 1, facts.committed + 1)))
+        for pp_rank, base in sorted(chosen.items())
+    )
     return Plan(facts.epoch, facts.committed, tuple(sorted(facts.dead)), stages)
+
+
+def _foresighted(
+    facts: Facts, topology: Topology, dense: Mapping[int, Mapping[int, int]]
+) -> dict[int, list[int]]:
+    """Bases, but of a stage whose log is lost only those from which on it logs all that its
+    neighbours need if they are the next to fail: then copies of theirs may lag, too.
+    """
+    lost, wanted = topology.stages_of(facts.lost), dict[int, list[int]]()
+    for pp_rank, candidates in dense.items():
+        near = topology.stages_of(topology.senders(pp_rank)) - dense.keys()
+        theirs = [_candidates(facts, topology.stage(n), facts.committed - 2) for n in near]
+        oldest = min((max(each) for each in theirs if each), default=facts.committed)
+        early = [base for base in candidates if base <= oldest]
+        wanted[pp_rank] = early if early and pp_rank in lost else list(candidates)
+    return wanted
 
 
 def commit_point(positions: Iterable[Position]) -> int:
@@ -328,9 +409,12 @@ def make_shard_plan(facts: Facts) -> Plan:
     )
 
 
-def entered(facts: Facts, global_rank: int) -> Position:
-    """Where a replacement enters training: where its predecessor was last or, where nobody knows
-    that, the iteration behind the one that counts as done.
+def entered(facts: Facts, global_rank: int, by_shard: bool = False) -> Position:
+    """Where a replacement enters training: where its predecessor was last.
+
+    Where nobody knows that, under the shard cut in the iteration behind the one that counts as
+    done. Under the stage cut in the one that counts as done itself, right behind its commit point:
+    the others may wait in it for its small talk. At the start of a job there is nothing in it.
 
     Raises:
         NothingToRebuildFrom: see `make_shard_plan`.
@@ -338,5 +422,7 @@ def entered(facts: Facts, global_rank: int) -> Position:
     known = facts.positions.get(global_rank)
     if known is not None:
         return known
-    at = make_shard_plan(facts).committed
+    at = make_shard_plan(facts).committed if by_shard else facts.committed
+    if not by_shard and all(at in facts.starts.get(rank, ()) for rank in facts.lost):
+        return Position(at, Progress.STEPPING, at, at - 1)
     return Position(at + 1, Progress.BEFORE_COMMIT, at, at)

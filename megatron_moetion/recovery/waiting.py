@@ -81,6 +81,8 @@ class Waits:
         self._present: set[_Call] = set()
         self._alone: list[_Call] = []
         self._local = threading.local()
+        self.on_change: Callable[[int], None] = lambda calls: None
+        """Told how many calls there are under way, whenever one begins or ends."""
 
     @contextmanager
     def of(self, kind: Wait) -> Iterator[None]:
@@ -104,10 +106,12 @@ class Waits:
                 raise Interrupted(f"a peer was lost while {call.kind.value}")
             stand = self._idle.pop() if self._idle else _Stand()
             self._present.add(call)
+            self.on_change(len(self._present))
         stand.calls.put(call)
         outcome = call.outcome.get()
         with self._lock:
             self._present.remove(call)
+            self.on_change(len(self._present))
             if outcome is None:
                 self._alone.append(call)
                 stand.calls.put(None)

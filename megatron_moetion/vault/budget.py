@@ -38,7 +38,7 @@ class Need:
         frames: all others that are kept at the same time, and the one that is being written.
         inbox: the logs of all iterations that are kept.
         spill: frames and logs that are kept longer than that, to be written to disk.
-        headers: those of the inbox; a copy of one has a chunk of its own.
+        headers: those of the inbox, and how interludes ended; a copy has a chunk of its own.
     """
 
     start: int
@@ -84,14 +84,15 @@ def need_of(
     # more, as a replacement cannot fill up what its predecessor began.
     kept, spilled = schedule.frames_kept + 1 + kept_longer, schedule.window + 1 if spills else 0
     logs = sum(_chunk_bytes(count, nbytes) for count, nbytes in inbox.values())
-    num_headers, header_bytes = inbox.get("header", (0, 0))
+    copied = [inbox[kind] for kind in ("header", "interlude") if kind in inbox]
+    headers = sum(count * size_class(nbytes) for count, nbytes in copied)
     start = frame_bytes(schedule.dense, by_name, buffer_bytes)
     return Need(
         start=size_class(start),
         frames=kept * size_class(largest),
         inbox=(kept + 1) * logs,
         spill=spilled * (size_class(largest) + logs),
-        headers=(kept + 1) * num_headers * size_class(header_bytes),
+        headers=(kept + 1) * headers,
     )
 
 
@@ -139,6 +140,17 @@ def frame_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes
     num_pieces = sum(4 * len(o.params) for o, _ in full) + sum(len(o.params) for o in light)
     nbytes = sum(o.part_bytes(part) for o, part in full) + sum(o.rest_bytes for o in light)
     return nbytes + buffer_bytes + num_pieces * ALIGNMENT_BYTES
+
+
+def staged_bytes(plan: FramePlan, operators: Mapping[str, Operator], buffer_bytes: int = 0) -> int:
+    """Device memory that a frame takes until it is copied: what the next iteration overwrites.
+
+    Args:
+        operators: of this rank, by name.
+        buffer_bytes: all model buffers.
+    """
+    gradients = [p for n in plan.light for p in operators[n].params if p.gradient is not None]
+    return buffer_bytes + sum(p.main.nbytes for p in gradients)
 
 
 @dataclass(frozen=True)

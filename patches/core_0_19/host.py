@@ -18,6 +18,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
+from megatron.training import training
 from megatron.training.global_vars import get_args, get_timers
 
 from megatron_moetion.host import Routing, State
@@ -125,8 +126,13 @@ class MegatronHost:
             "collective": (1, _SMALL + tied * rows * args.hidden_size * 4),
             "header": (1, _SMALL),
             "result": (1, _SMALL),
-            "interlude": (1, _SMALL),
+            "interlude": (4, _SMALL // 4),
         }
+
+    def iteration_flops(self) -> float:
+        args = get_args()
+        total: float = training.num_floating_point_operations(args, args.global_batch_size)
+        return total / int(args.world_size)
 
     def start_state(self) -> State:
         args, rerun = get_args(), get_rerun_state_machine()

@@ -324,6 +324,16 @@ ROWS: tuple[Patch, ...] = (
         retire_when="Megatron offers a load hook",
     ),
     Patch(
+        target="megatron.training.training:build_train_valid_test_data_iterators",
+        how="around",
+        handler=t.build_data_iterators,
+        signature="(build_train_valid_test_datasets_provider)",
+        digest="d12ed278f953",
+        stage="recovery",
+        why="batches that were lost with a node are drawn again, from an older sample on",
+        retire_when="Megatron can place a data iterator at any sample",
+    ),
+    Patch(
         target="megatron.training.training:train_step",
         how="around",
         handler=t.train_step,

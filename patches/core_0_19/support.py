@@ -42,6 +42,15 @@ def unsupported(args: Namespace, *, digest_only: bool = False) -> list[Unsupport
     return [row for row in TABLE if row.used(args) and (row.digest or not digest_only)]
 
 
+def why_not_by_stage(args: Namespace) -> str | None:
+    """Why a run that leaves the cut open cannot have the stage cut, or None."""
+    by_cut = [
+        unsupported(Namespace(**{**vars(args), "moetion_cut": cut})) for cut in ("stage", "shard")
+    ]
+    rows = [row for row in by_cut[0] if row not in by_cut[1]]
+    return f"{rows[0].feature}: {rows[0].why}" if rows else None
+
+
 def _get(args: Namespace, name: str) -> Any:
     return getattr(args, name, None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,28 +12,38 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import training
 from megatron.training.global_vars import get_args
 from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion import topology
+from megatron_moetion.agent import leaving
 from megatron_moetion.agent.spare import LEFT_ALONE
 from megatron_moetion.config import Config
+from megatron_moetion.cuts import CUTS, CutName
+from megatron_moetion.deciding import decide_cut
 from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
 from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
-from megatron_moetion.recovery.failure import Interrupted, Superseded
-from megatron_moetion.recovery.plan import NothingToRebuildFrom, entered, has_result
+from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.recovery.plan import (
+    NothingToRebuildFrom,
+    Position,
+    entered,
+    has_result,
+)
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot.copier import register_pinned, unregister_pinned
 from megatron_moetion.steering import Options, Steering
-from megatron_moetion.vault.budget import MemoryDoesNotFit
+from megatron_moetion.vault.budget import MemoryDoesNotFit, mib
 
 from ..activation import refuse
 from .export import export
 from .host import Call, MegatronHost
 from .identity import identity
+from .support import why_not_by_stage
 
 JOB: Job | None = None
 SESSION: Session | None = None
@@ -117,6 +126,8 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     if SESSION is None or SESSION.cursor.mode is Mode.OFF:
         return host(self, **kwargs)
     boundaries = SESSION.boundaries
+    boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
+    boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
     if SESSION.cursor.mode is Mode.REPLAY:
         received = [
             boundaries.receive(direction).to(SESSION.host.device).requires_grad_(True)
@@ -136,8 +147,6 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         }
         handles = {name: _Arrived() for name, wanted in ordered.items() if wanted}
         return received[0], received[1], None if kwargs.get("wait_on_reqs", True) else handles
-    boundaries.sent(Direction.FORWARD, kwargs["tensor_send_next"])
-    boundaries.sent(Direction.BACKWARD, kwargs["tensor_send_prev"])
     return host(self, **kwargs)
 
 
@@ -157,20 +166,22 @@ def next_batch(host: Callable[..., Any], self: Any) -> Any:
 
 
 def counted(place: str) -> Callable[..., Any]:
-    """The handler of forward_step and backward_step: only a place for faults."""
+    """The handler of forward_step and backward_step: only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if SESSION is not None and SESSION.cursor.mode is Mode.LIVE:
-            SESSION.reached(place, SESSION.cursor.take(place))
-        elif SESSION is not None and place == "forward":
-            SESSION.interludes.count("evaluate")
+        if SESSION is not None:
+            live = SESSION.cursor.mode is Mode.LIVE
+            if place == "forward" and SESSION.interludes.inside:
+                SESSION.interludes.count("evaluate")
+            else:
+                SESSION.reached(place, SESSION.cursor.take(place) if live else None)
         return host(*args, **kwargs)
 
     return handler
 
 
 def passed(place: str) -> Callable[..., Any]:
-    """The handler of a function that is only a place for faults."""
+    """The handler of a function that is only a place to be seen at, and for faults."""
 
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is not None:
@@ -227,7 +238,7 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
         except Superseded:
             continue
     try:
-        position = entered(this.facts, this.global_rank)
+        position = _entered(this)
     except NothingToRebuildFrom as error:
         this.send("hopeless", reason=str(error), state_lost=True)
         raise
@@ -238,6 +249,38 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
     options.iteration = position.iteration - 1
     options.num_floating_point_operations_so_far = state["loop"]["flops"] or 0
     return built
+
+
+def _entered(this: Job) -> Position:
+    assert this.facts is not None
+    return entered(this.facts, this.global_rank, this.config.cut == "shard")
+
+
+def build_data_iterators(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Where the batches that a predecessor drew went with its node, they are drawn again: the
+    training data begins with the oldest iteration that may be replayed.
+    """
+    this, options = job(), get_args()
+    first = _first_drawn(this)
+    if first is None:
+        return host(*args, **kwargs)
+    before = options.iteration, options.consumed_train_samples
+    consumed = _own_state(this, first)["counters"]["consumed_train_samples"]
+    # Without any samples the host would count them by iterations.
+    options.consumed_train_samples, options.iteration = consumed, before[0] if consumed else 0
+    try:
+        return host(*args, **kwargs)
+    finally:
+        options.iteration, options.consumed_train_samples = before
+
+
+def _first_drawn(this: Job) -> int | None:
+    """The first iteration whose batches are drawn by a replacement that has no predecessor's log
+    of them.
+    """
+    if this.facts is None or this.config.cut == "shard" or this.global_rank not in this.facts.lost:
+        return None
+    return min(this.facts.starts[this.global_rank])
 
 
 def _own_state(this: Job, iteration: int) -> Any:
@@ -271,10 +314,11 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             SESSION.protect(iteration - 1)
         return SESSION.train_step(iteration, lambda: host(*args, **kwargs))
     host_view.load_loop_state(state)
-    facts = job().facts
+    facts, first_drawn = job().facts, _first_drawn(job())
     assert facts is not None
-    position = entered(facts, job().global_rank)
-    if has_result(position, facts.committed, job().config.cut == "shard"):
+    if first_drawn is not None:
+        SESSION.batches.begin_anew(first_drawn, get_num_microbatches())
+    elif has_result(_entered(job()), facts.committed, job().config.cut == "shard"):
         _skip_batches(host_view, iteration)
     joined = SESSION.join(iteration)
     job().fake = False
@@ -318,10 +362,16 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     this = job()
     _, data_iterator, model, optimizer, scheduler, config, *_ = args
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-    gradients = this.config.cut == "shard"
-    host_view = MegatronHost(model, optimizer, scheduler, iterators, config, gradients)
+
+    def host_for(cut: str) -> MegatronHost:
+        program = (model, optimizer, scheduler, iterators, config)
+        return MegatronHost(*program, gradients=cut == "shard")
+
+    if this.config.cut == "auto":
+        _take_cut(this, host_for)
+    host_view = host_for(this.config.cut)
     pipelines = this.groups.described("PIPELINE_MODEL_PARALLEL_GROUP")
-    where = topology.from_pipeline_groups(this.global_rank, pipelines)
+    where = topology.from_pipeline_groups(this.global_rank, pipelines, wraps=len(model) > 1)
     buffer_bytes = sum(tensor.nbytes for tensor in host_view.buffers().values())
     steering = Steering(
         host_view.operators, buffer_bytes, Options.of(this.config), host_view.routing(),
@@ -331,10 +381,12 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
         steering.load_state(state["steering"])
         if this.anew and not this.claimed:
             steering.start_at(iteration)
+    SESSION = Session(this, where, host_view, steering)
     if this.global_rank in (0, where.stage(where.num_stages - 1)[0]) and not this.claimed:
         owner = f"stage {where.pp_rank}, global rank {this.global_rank}"
         print(f"moetion: {owner} owns\n{table(host_view.operators)}")
-    SESSION = Session(this, where, host_view, steering)
+        if device_bytes := SESSION.device_bytes():
+            print(f"moetion: {owner} takes {mib(device_bytes)} of device memory for copies at most")
     if not this.claimed:
         try:
             SESSION.claim_memory()
@@ -344,6 +396,26 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     if state is not None and not this.claimed:
         # Whoever takes this worker's place must not begin with what was spilled.
         SESSION.log_start(iteration, state)
+
+
+def _take_cut(this: Job, host_for: Callable[[str], MegatronHost]) -> None:
+    """Settles what the user left open, in a job that begins."""
+    ruled_out: dict[CutName, str] = {}
+    by_stage = why_not_by_stage(get_args())
+    if by_stage is not None:
+        ruled_out["stage"] = by_stage
+    if this.config.window_policy == "tumbling":
+        ruled_out["shard"] = "tumbling windows leave gradients out"
+    if len(ruled_out) == len(CUTS):
+        refuse(f"--moetion-cut auto: {'; '.join(f'{c}: {why}' for c, why in ruled_out.items())}")
+    choice = decide_cut(
+        this.config, {cut: host_for(cut) for cut in CUTS}, ruled_out,
+        this.num_copies, this.replication_rate(), this.spills,
+    )  # fmt: skip
+    this.take_cut(choice.cut)
+    this.events.emit("cut", cut=choice.cut, reason=choice.reason)
+    if this.global_rank == 0:
+        print(f"moetion: cut {choice.cut}: {choice.reason}", flush=True)
 
 
 def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -419,9 +491,11 @@ def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackTy
     # The interpreter's own shutdown waits for process groups whose peers wait for this process to
     # end.
     # Not sys.stderr: torch puts a buffer there while it asks older hooks, and prints it afterwards.
-    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
     rank = os.environ.get("RANK", "?")
+    lines = leaving.traceback_of(error)
     os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
+    if JOB is not None and JOB.link is not None:
+        leaving.tell(JOB.link, error, echo=is_communication_error(error))
     sys.stdout.flush()
     os._exit(1)
 

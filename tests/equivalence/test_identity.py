@@ -64,8 +64,12 @@ def _check_recoveries(
 
 
 def test_capture_and_logging_change_nothing(runner: Runner, off: Run) -> None:
-    on = runner.run("on", iterations=40, flags=["--moetion"])
+    on = runner.run("on", iterations=40, flags=["--moetion", "--moetion-cut", "auto"])
     assert on.code == 0, on.tail()
+    # All have come to the same, and say so.
+    (cut,) = {e["cut"] for e in on.events("cut")}
+    assert len(on.events("cut")) == 4
+    assert f"moetion: cut {cut}: a failure costs at least" in on.log
     assert on.recoveries == []
     assert_same_bits(on, off, 40)
     assert_within_claim(on)

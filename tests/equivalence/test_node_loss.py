@@ -2,9 +2,14 @@
 its place and begins with the copies that the others hold.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
-from .harness import Run, Runner, assert_same_bits, follow, kill_agent, kill_workers
+import pytest
+
+from . import test_variants
+from .harness import CUTS, Run, Runner, assert_same_bits, follow, kill_agent, kill_workers
 
 ITERATIONS = 44
 WINDOW = 3
@@ -26,11 +31,12 @@ def _lose(directory: Path) -> None:
             return
 
 
-def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run) -> None:
-    flags = ["--moetion", "--moetion-cut", "shard", "--moetion-window", str(WINDOW)]
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run, cut: str) -> None:
+    flags = ["--moetion", "--moetion-cut", cut, "--moetion-window", str(WINDOW)]
     flags += ["--moetion-replicas", "1"]
     run = runner.run(
-        "node-loss",
+        f"node-loss-{cut}",
         iterations=ITERATIONS,
         workers_of_node=[2, 2],
         flags=flags,
@@ -40,3 +46,45 @@ def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run) -> None:
     assert run.code == 0, run.tail()
     assert [e["recovered"] for e in run.recoveries] == [[2, 3], [3], [2, 3], [0, 2]]
     assert_same_bits(run, off, ITERATIONS, lines_may_repeat=True)
+
+
+FOUR_STAGES: dict[str, Any] = test_variants.VARIANTS["four-stages"]
+SEVERAL = {4: ([2], []), 5: ([], [1]), 8: ([1], []), 9: ([], [0, 2])}
+"""{iteration whose log line is waited for: (nodes that are lost then, workers that are killed)}."""
+
+
+def _lose_several(directory: Path) -> None:
+    left = dict(SEVERAL)
+    for line in follow(directory / "log"):
+        for iteration in [i for i in left if f" iteration {i:8d}/" in line]:
+            nodes, ranks = left.pop(iteration)
+            for node in nodes:
+                kill_agent(directory, node)
+            kill_workers(directory, ranks)
+        if not left:
+            return
+
+
+def test_stages_that_are_lost_together_are_replayed_together(runner: Runner) -> None:
+    """Node 1 is the second of four stages, node 2 the last two. Workers of other stages are killed
+    while what they need of the lost ones is what those have sent once more in their replay.
+    """
+    last = test_variants.ITERATIONS
+    off = runner.off("four-stages-off", iterations=last, flags=[], **FOUR_STAGES)
+    assert off.code == 0, off.tail()
+    flags = ["--moetion", "--moetion-window", str(WINDOW), "--moetion-replicas", "1"]
+    run = runner.run(
+        "node-loss-joint",
+        iterations=last,
+        workers_of_node=[1, 1, 2],
+        flags=flags,
+        meddle=_lose_several,
+        restarts=True,
+        **FOUR_STAGES,
+    )
+    assert run.code == 0, run.tail()
+    assert [e["recovered"] for e in run.recoveries] == [[2, 3], [1], [1], [0, 2]]
+    # The leader's event of this kind says who is dead.
+    (plan,) = {e["plan"] for e in run.events("planned") if e["epoch"] == 1 and "plan" in e}
+    assert re.search(r"stage 2: base (\d+), .*; stage 3: base \1,", plan), plan
+    assert_same_bits(run, off, last, lines_may_repeat=True)

@@ -12,7 +12,7 @@ from megatron_moetion.config import Config
 
 FLAGS = {
     "--moetion": "",
-    "--moetion-cut": "stage|shard",
+    "--moetion-cut": "stage|shard|auto",
     "--moetion-window": "auto|N",
     "--moetion-window-policy": "auto|rolling|tumbling",
     "--moetion-split": "auto|N",

@@ -125,5 +125,5 @@ def test_the_shard_cut_refuses_windows_that_leave_gradients_out() -> None:
     assert _config("--moetion-cut", "shard", "--moetion-window-policy", "rolling").cut == "shard"
     with pytest.raises(ConfigError, match="drop --moetion-window-policy tumbling"):
         _config("--moetion-cut", "shard", "--moetion-window-policy", "tumbling")
-    with pytest.raises(ConfigError, match="give 'stage' or 'shard'"):
+    with pytest.raises(ConfigError, match="give 'stage', 'shard' or 'auto'"):
         _config("--moetion-cut", "rank")

@@ -144,6 +144,18 @@ def test_the_least_popular_come_first_by_what_all_ranks_have_seen() -> None:
         assert [name for name in found if name in EXPERTS] == ["e3", "e2", "e1", "e0"]
 
 
+def test_where_nobody_knows_any_more_what_was_counted_the_order_stays() -> None:
+    made = steering(window=4, window_policy="rolling")
+    made.loaded(4, torch.tensor([[9.0, 8.0, 7.0, 1.0]]))
+    at_once([made], 4)
+    before = made.timeline.newest
+    assert before.first == 5
+    anew = steering(window=4, window_policy="rolling")
+    anew.load_state(made.to_state())
+    at_once([anew], 8)
+    assert anew.timeline.newest == before
+
+
 def test_deciding_again_after_an_abort_forgets_the_first_time() -> None:
     twice, once = steering(window=4), steering(window=4)
     twice.loaded(4, torch.tensor([[1.0, 9.0, 9.0, 9.0]]))

@@ -22,6 +22,14 @@ def test_neighbours_are_cyclic_and_stay_in_the_pipeline() -> None:
     assert all(topology.prev_ranks[topology.next_ranks[r]] == r for r in range(6))
 
 
+def test_what_is_sent_to_a_stage_goes_over_the_ends_only_where_stages_are_interleaved() -> None:
+    topology = from_pipeline_groups(0, PIPELINES)
+    assert [topology.senders(p) for p in range(3)] == [[2, 3], [0, 1, 4, 5], [2, 3]]
+    wraps = from_pipeline_groups(0, PIPELINES, wraps=True)
+    assert [wraps.senders(p) for p in range(3)] == [[2, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 3]]
+    assert from_pipeline_groups(0, [(0,), (1,)], wraps=True).senders(0) == []
+
+
 def test_a_group_spans_stages_when_two_members_are_in_different_ones() -> None:
     topology = from_pipeline_groups(0, PIPELINES)
     assert topology.spans_stages([0, 2])

@@ -3,7 +3,8 @@
 `python stub_worker.py [--moetion] [--moetion-dir DIR] --iterations N [--die RANK:PLACE[:HOW]]...`
 
 PLACE is an iteration ("5") or a notice of the recovery round ("freeze", "abort", "facts"), the
-latter with "@EPOCH". HOW is kill (default), exit or raise. Each death happens once per job.
+latter with "@EPOCH". HOW is kill (default), exit, raise or stop (SIGSTOP). Each death happens once
+per job. RANK may be "all".
 Iterations are in step: all ranks wait for each other through the store, as pipeline stages would.
 """
 
@@ -20,9 +21,11 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
+from megatron_moetion.agent import leaving
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.events import EventLog
+from megatron_moetion.progress import Progress
 from megatron_moetion.vault.budget import Claim, Need
 
 RANK = int(os.environ["RANK"])
@@ -57,6 +60,7 @@ class Worker:
         if not self.replacement:
             claim = Claim(Need(0, 16 << 20, 0), {}).to_json()
             link.request({"op": "claim", "limit": None, "lag": 1, **claim})
+        self.progress = Progress(self.welcome["progress"])
         self.epoch = self.welcome["epoch"]
         self.iteration = 0
         link.listen(self.hear)
@@ -82,25 +86,33 @@ class Worker:
     def maybe_die(self, place: str) -> None:
         for index, spec in enumerate(self.args.die):
             rank, where, how = [*spec.split(":"), "kill"][:3]
-            if int(rank) == RANK and where == place and index not in self.welcome["fired"]:
-                self.link.send({"op": "fired", "index": index})
+            here = rank in ("all", str(RANK)) and where == place
+            if here and index not in self.welcome["fired"]:
+                if rank != "all":
+                    self.link.send({"op": "fired", "index": index})
                 self.log.emit("dying", place=place, how=how)
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if how == "exit":
                     os._exit(0)
+                if how == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 raise RuntimeError(f"injected at {place}")
 
     def reach(self, iteration: int) -> bool:
         """Wait for all ranks at an iteration; False when a notice came instead."""
         key = f"epoch{self.epoch}/iteration{iteration}"
         self.store.add(key, 1)
+        self.progress.waits(1)
         while self.store.add(key, 0) < WORLD_SIZE:
             try:
-                self.notice(self.notices.get(timeout=0.002))
+                notice = self.notices.get(timeout=0.002)
             except queue.Empty:
                 continue
+            self.progress.waits(0)
+            self.notice(notice)
             return False
+        self.progress.waits(0)
         return True
 
     def train(self) -> None:
@@ -110,6 +122,9 @@ class Worker:
         else:
             self.save()
         while self.iteration < self.args.iterations:
+            if self.progress.begin(self.iteration + 1):
+                self.link.send({"op": "steady"})
+            self.progress.at("forward", self.iteration + 1, 0)
             self.maybe_die(str(self.iteration + 1))
             if self.reach(self.iteration + 1):
                 self.iteration += 1
@@ -119,6 +134,7 @@ class Worker:
 
     def notice(self, message: dict) -> None:
         assert message["op"] == "freeze", message
+        self.progress.recovers()
         self.recover(message)
 
     def recover(self, message: dict) -> None:
@@ -176,12 +192,18 @@ def main() -> None:
     parser.add_argument("--moetion-dir", type=Path)
     parser.add_argument("--moetion-timeout", type=float)
     parser.add_argument("--moetion-replicas", default="auto")
+    parser.add_argument("--moetion-hang-factor", type=float)
+    parser.add_argument("--moetion-max-retries", type=int)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--die", action="append", default=[])
     args = parser.parse_args()
     link = AgentLink.connect()
     assert link is not None
-    Worker(args, link).train()
+    try:
+        Worker(args, link).train()
+    except Exception as error:
+        leaving.tell(link, error, echo=False)
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,83 @@ def test_a_rank_that_keeps_dying_ends_the_job_in_one_line(tmp_path: Path) -> Non
     argv = ["--nproc-per-node", "2", "--spares", "0"]
     outcome = finish([launch(argv, *protected(tmp_path, *["1:4"] * 4))], tmp_path)
     assert outcome.codes == [137]
-    assert "moetion-run: ending the job: rank 1 failed 4 times at iteration 3\n" in outcome.errors
+    line = "rank 1 failed 4 times at iteration 3 (--moetion-max-retries 3)"
+    assert f"moetion-run: ending the job: {line}\n" in outcome.errors
+
+
+def test_an_exception_that_comes_again_on_all_ranks_ends_the_job_with_its_traceback(
+    tmp_path: Path,
+) -> None:
+    argv = ["--nproc-per-node", "3"]
+    script = [*protected(tmp_path, "all:4:raise"), "--moetion-max-retries", "1"]
+    outcome = finish([launch(argv, *script)], tmp_path)
+    assert outcome.codes == [1]
+    *_, before, last = [line for line in outcome.errors.splitlines() if "moetion-run:" in line]
+    (raised,) = re.findall(r"moetion-run: what rank (\d) raised first:", before)
+    says = r"moetion-run: ending the job: rank (\d) failed 2 times at iteration 3 (\(.*\))(.*)"
+    rank, flag, how = re.fullmatch(says, last).groups()
+    assert flag == "(--moetion-max-retries 1)"
+    first = "" if rank == raised else f", rank {raised} first"
+    assert how == f"{first}: RuntimeError: injected at 4"
+    # The traceback stands right before that line, and nothing of anybody else's.
+    shown = outcome.errors.partition(before)[2].partition(last)[0].splitlines()[1:]
+    trace = [line for line in shown if line.startswith(f"[rank{raised}]: ")]
+    assert trace[0] == f"[rank{raised}]: Traceback (most recent call last):"
+    assert trace[-1] == f"[rank{raised}]: RuntimeError: injected at 4"
+    assert any("in maybe_die" in line for line in trace)
+
+
+def test_a_worker_that_is_stopped_in_training_is_found_by_the_limit_that_was_learned(
+    tmp_path: Path,
+) -> None:
+    nodes = [
+        ["--nnodes", "2", "--nproc-per-node", "2", "--master-port", port, "--node-rank", str(node)]
+        for port in [str(free_port())]
+        for node in (1, 0)
+    ]
+    script = [*protected(tmp_path, "3:20:stop", "0:40:stop", iterations=50)]
+    script += ["--moetion-timeout", "40"]
+    started = [launch(argv, *script, MOETION_SECRET="ab" * 16) for argv in nodes]
+    outcome = finish(started, tmp_path)
+    assert_trained_to_the_end(outcome, 4, 50)
+    hangs, stops = outcome.of("hang"), outcome.of("dying", how="stop")
+    assert [[c["global_rank"] for c in hang["culprits"]] for hang in hangs] == [[3], [0]]
+    assert [event["recovered"] for event in outcome.of("resumed")] == [[3], [0]]
+    for hang, stop in zip(hangs, stops, strict=True):
+        seconds = (hang["monotonic_ns"] - stop["monotonic_ns"]) / 1e9
+        print(f"stopped to named: {seconds:.2f} s, limit {hang['limit']:.2f} s")
+        # A 20th of the timeout; steps here take milliseconds.
+        assert hang["limit"] == 2.0
+        assert 1.9 < seconds < 3.0
+    assert outcome.errors.count("(stopped by a signal)") == 2
+
+
+def test_a_worker_that_hangs_in_a_recovery_is_killed_and_a_new_round_begins(
+    tmp_path: Path,
+) -> None:
+    script = protected(tmp_path, "1:5", "2:freeze@1:stop")
+    argv = ["--nproc-per-node", "3"]
+    outcome = finish([launch(argv, *script, "--moetion-timeout", "6")], tmp_path)
+    assert_trained_to_the_end(outcome, 3)
+    assert [event["recovered"] for event in outcome.of("resumed")] == [[1, 2]]
+    (expelled,) = outcome.of("expelled")
+    assert (expelled["global_ranks"], expelled["phase"]) == ([2], "PLANNING")
+    assert "did not answer within 6 s in phase PLANNING" in outcome.errors
+    assert "ranks [2] are killed, and a new round begins" in outcome.errors
+    assert "global rank 2 in iteration" in outcome.errors
+
+
+def test_a_worker_that_hangs_in_every_recovery_ends_the_job_with_the_line_of_the_phase(
+    tmp_path: Path,
+) -> None:
+    deaths = ["1:5", *[f"2:freeze@{epoch}:stop" for epoch in (1, 2)], "2:facts@2:stop"]
+    script = [*protected(tmp_path, *deaths), "--moetion-max-retries", "1"]
+    argv = ["--nproc-per-node", "3"]
+    outcome = finish([launch(argv, *script, "--moetion-timeout", "6")], tmp_path)
+    assert outcome.codes == [137]
+    last = outcome.errors.splitlines()[-1]
+    assert "moetion-run: ending the job: ranks [" in last
+    assert "did not answer within 6 s in phase RESTORING" in last
 
 
 @pytest.mark.parametrize("flags", [["--moetion"], []])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_moetion.agent.backlog import Sealed
+from megatron_moetion.agent.replication import Replication
 from megatron_moetion.agent.wire import Channel
 from megatron_moetion.events import read
 from megatron_moetion.faults import Fault, parse
 from megatron_moetion.vault import CorruptEntry, Vault
-from megatron_moetion.vault.arena import map_shared
+from megatron_moetion.vault.arena import Chunk, map_shared
 from megatron_moetion.vault.shelf import StoreShelf
 from tests.agents_here import AgentsHere
 
@@ -94,6 +97,34 @@ def test_how_long_a_frame_took_is_told_once_with_its_slowest_copy(make: Make) ->
     agents.await_count(0, "copied frames", 4)
     assert [(t.global_rank, t.nbytes) for t in told] == [(0, NBYTES)] * 2
     assert all(t.seconds > 0 for t in told)
+
+
+def test_a_header_does_not_wait_for_the_frames_before_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents, go_on, there = make(started=False), threading.Event(), threading.Semaphore(0)
+    held_by, acknowledge = Replication.held, Replication.acknowledge
+
+    def slowly(self: Replication, item: Sealed) -> Chunk | None:
+        if item.entry.key.startswith("frame/"):
+            assert go_on.wait(60)
+        return held_by(self, item)
+
+    def heard(self: Replication, item: Sealed, copy: int, seconds: float) -> None:
+        acknowledge(self, item, copy, seconds)
+        there.release()
+
+    monkeypatch.setattr(Replication, "held", slowly)
+    monkeypatch.setattr(Replication, "acknowledge", heard)
+    vault = agents.vault(0)
+    put(vault, 1)
+    vault.put("header/2/x", frame(2), {})
+    agents.start()
+    assert all(there.acquire(timeout=60) for _ in range(2))
+    assert [held(agents, n, 0) for n in (1, 2)] == [["header/2/x"]] * 2
+    go_on.set()
+    agents.await_count(0, "durable frames", 1)
+    assert [held(agents, n, 0) for n in (1, 2)] == [["header/2/x", "frame/1/x"]] * 2
 
 
 def test_what_is_damaged_on_its_way_is_sent_again(make: Make) -> None:

@@ -16,6 +16,7 @@ from megatron_moetion.agent.decision import (
     End,
     Event,
     Exited,
+    Expel,
     Expired,
     Gather,
     Gathered,
@@ -25,9 +26,12 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
-from megatron_moetion.agent.round import MAX_RETRIES, Round
+from megatron_moetion.agent.round import Round
+from megatron_moetion.agent.traces import Trace
+from megatron_moetion.config import Config
 from megatron_moetion.recovery.phase import FINAL, Phase
 
+MAX_RETRIES = Config().max_retries
 NODES = ((0, 1), (2, 3))
 WORLD = (0, 1, 2, 3)
 
@@ -254,7 +258,7 @@ def test_a_rank_that_keeps_failing_at_one_iteration_ends_the_job() -> None:
         assert not ends(leader.feed(die(3, iteration=5)))
         drive(leader, {3}, Phase.TRAINING)
     (end,) = ends(leader.feed(die(3, iteration=5)))
-    assert end.reason == "rank 3 failed 4 times at iteration 5"
+    assert end.reason == "rank 3 failed 4 times at iteration 5 (--moetion-max-retries 3)"
     assert end.code == 137
 
 
@@ -411,17 +415,93 @@ def test_faults_that_fired_anywhere_are_told_to_every_replacement() -> None:
 @pytest.mark.parametrize(
     ("phase", "who"),
     [
-        (Phase.PLANNING, "ranks [0, 1, 2]"),
-        (Phase.REGROUPING, "ranks [0, 1, 2, 3]"),
-        (Phase.GATHERING, "nodes [0, 1]"),
+        (Phase.PLANNING, (0, 1, 2)),
+        (Phase.SETTLING, (0, 1, 2)),
+        (Phase.REGROUPING, WORLD),
+        (Phase.RESTORING, WORLD),
     ],
 )
-def test_a_phase_that_takes_too_long_ends_the_job_and_names_who_is_missing(
-    phase: Phase, who: str
+def test_who_keeps_a_phase_from_its_end_is_killed_and_a_new_round_begins(
+    phase: Phase, who: tuple[int, ...]
 ) -> None:
     leader = in_phase(phase)
-    (end,) = ends(leader.feed(Expired(1, phase, timedelta(seconds=30))))
-    assert end.reason.startswith(f"{who} did not answer within 30 s in phase {phase.name}")
+    record, expel = leader.feed(Expired(1, phase, timedelta(seconds=30), stuck=(1, 7)))
+    assert isinstance(record, Record)
+    assert isinstance(expel, Expel)
+    assert expel.global_ranks == (1,)
+    says = f"ranks {[*who]} did not answer within 30 s in phase {phase.name}"
+    assert expel.reason.startswith(says)
+    # Its end is a failure like any other.
+    leader.feed(die(1))
+    assert (leader.phase, leader.epoch) == (Phase.PLANNING, 2)
+    # Nobody can be told from the others: all of them are.
+    leader = in_phase(phase)
+    (_, expel) = leader.feed(Expired(1, phase, timedelta(seconds=30)))
+    assert isinstance(expel, Expel)
+    assert expel.global_ranks == who
+
+
+def test_what_cannot_be_killed_ends_the_job_and_so_does_an_agent_that_is_silent() -> None:
+    leader = in_phase(Phase.PLANNING)
+    assert not ends(leader.feed(Expired(1, Phase.PLANNING, timedelta(seconds=30), (2,))))
+    (end,) = ends(leader.feed(Expired(1, Phase.PLANNING, timedelta(seconds=30), (2,))))
+    assert end.state_lost
+    leader = in_phase(Phase.GATHERING)
+    (end,) = ends(leader.feed(Expired(1, Phase.GATHERING, timedelta(seconds=30))))
+    assert end.reason.startswith("nodes [0, 1] did not answer within 30 s in phase GATHERING")
+
+
+def test_a_rank_that_hangs_in_every_round_is_killed_as_often_as_it_may_fail() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    for _ in range(MAX_RETRIES):
+        epoch = leader.epoch
+        commands = leader.feed(Expired(epoch, Phase.PLANNING, timedelta(seconds=30), (1,)))
+        assert [c for c in commands if isinstance(c, Expel)]
+        assert not ends(leader.feed(die(1)))
+        # The replacement hangs just so.
+        drive(leader, {1, 3}, Phase.RESTORING)
+        feed_all(leader, [say(r, "joined", epoch=leader.epoch) for r in (0, 2, 3)])
+        expired = Expired(leader.epoch, Phase.RESTORING, timedelta(seconds=30), (1,))
+        commands = leader.feed(expired)
+        assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(1,)]
+        (*_, last) = leader.feed(die(1))
+        if isinstance(last, End):
+            break
+    assert isinstance(last, End)
+    assert last.reason.startswith("ranks [1] did not answer within 30 s in phase RESTORING")
+    assert last.state_lost
+
+
+def failed(rank: int, text: str, echo: bool = False) -> Said:
+    return say(rank, "failed", trace=["Traceback", f"  File of {rank}", text], echo=echo)
+
+
+def test_an_exception_that_comes_again_is_shown_as_it_was_raised_first() -> None:
+    leader = Round(NODES, max_retries=1)
+    feed_all(leader, [failed(2, "gloo: closed", echo=True), failed(3, "ValueError: a")])
+    feed_all(leader, [die(2), die(3)])
+    drive(leader, {2, 3}, Phase.TRAINING)
+    feed_all(leader, [failed(2, "gloo: closed", echo=True), failed(3, "ValueError: b")])
+    (end,) = ends(feed_all(leader, [die(2), die(3)]))
+    assert end.trace == Trace(3, ("Traceback", "  File of 3", "ValueError: a"), False)
+    how = "(--moetion-max-retries 1), rank 3 first: ValueError: a"
+    assert end.reason == f"rank 2 failed 2 times at iteration 5 {how}"
+
+
+def test_an_exception_that_ends_the_job_at_once_is_shown_and_one_of_long_ago_is_not() -> None:
+    leader = Round(NODES)
+    feed_all(leader, [failed(3, "ValueError: a"), die(3)])
+    drive(leader, {3}, Phase.TRAINING)
+    (end,) = ends(leader.feed(Exited(2, 2, None)))
+    assert end.trace is None
+    leader = Round(NODES)
+    leader.feed(failed(2, "gloo: closed", echo=True))
+    assert ends(leader.feed(Exited(2, 2, None)))[0].trace is None
+    leader = Round(NODES)
+    leader.feed(failed(2, "ValueError: a"))
+    (end,) = ends(leader.feed(Exited(2, 2, None)))
+    assert end.trace is not None
 
 
 def test_a_cold_start_is_the_death_of_everybody_at_the_iteration_of_the_spill() -> None:
@@ -529,3 +609,25 @@ def test_copies_stand_in_for_what_an_owner_lacks_but_not_for_what_it_dropped() -
     commands = [*leader.feed(second), *leader.feed(first)]
     (facts,) = notices(commands, "facts")
     assert facts.message["frames"] == {"0": listed(9, 8), "1": listed(6), "2": [], "3": []}
+
+
+def test_how_far_logs_reach_back_is_known_of_all_but_lost_ranks() -> None:
+    leader = Round(NODES, replaces_nodes=True)
+    leader.feed(AgentLost(1, "reset"))
+    told = {0: at(5), 1: {**at(5), "since": 4}}
+    for op in ("report", "settled", "quiesced"):
+        feed_all(leader, [say(r, op, epoch=1, position=told[r]) for r in told])
+    leader.feed(AgentJoined(1))
+    feed_all(leader, [say(r, "ready", epoch=1) for r in (2, 3)])
+    headers = lambda *iterations: [{"key": f"header/{i}/x"} for i in iterations]  # noqa: E731
+    here: dict[str, Any] = {str(r): told[r] for r in told}
+    below = {"0": 3, "1": 3}
+    leader.feed(Gathered(0, 1, {}, here, below, {}, {"2": headers(3, 4, 5)}))
+    none: dict[str, Any] = {"2": None, "3": None}
+    # A copy that one holder lacks another may have.
+    answer = Gathered(
+        1, 1, {}, none, {"2": 0, "3": 0}, {}, {"2": headers(4, 5, 6), "0": headers(9)}
+    )
+    (facts,) = notices(leader.feed(answer), "facts")
+    assert facts.message["logged"] == {"0": 3, "1": 4}
+    assert facts.message["starts"] == {"2": [3, 4, 5, 6]}
