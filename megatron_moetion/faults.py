@@ -20,6 +20,7 @@ from dataclasses import dataclass
 KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "corrupt")
 PLACES = (
     "start",
+    "batch",
     "forward",
     "backward",
     "grad-sync",
@@ -28,8 +29,12 @@ PLACES = (
     "param-gather",
     "capture",
     "end",
+    "log",
+    "evaluate",
+    "save",
+    "ended",
 )
-_COUNTED = ("forward", "backward")
+COUNTED = ("batch", "forward", "backward", "evaluate", "save", "ended")
 DAMAGED_PLACES = ("capture", "transfer", "stored")
 """Where a frame is damaged: when it is sealed, on its way to a holder, once copies are there."""
 
@@ -51,7 +56,9 @@ class Fault:
         global_rank: who fails, or whose frame it is.
         iteration: in which iteration (1 is the first optimizer step).
         place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
-        microbatch: for `forward` and `backward`: the number of the pass on this rank, from 0.
+        microbatch: the number, from 0: of the pass or batch on this rank (`forward`, `backward`,
+            `batch`, `evaluate`), of the barrier in saving (`save`: 0 is before the first file, K is
+            before barrier K), of the interlude after an iteration (`ended`).
         copy: for `transfer` and `stored`: of the frame; 0 is the owner's own.
     """
 
@@ -80,9 +87,10 @@ def _parse_one(text: str) -> Fault:
     places = DAMAGED_PLACES if kind == "corrupt" else PLACES
     if place not in places:
         raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(places)}")
-    if (place in _COUNTED) != bool(count):
+    if (place in COUNTED) != bool(count):
         raise ValueError(
-            f"fault '{text}': only forward:K and backward:K take a microbatch, and need one"
+            f"fault '{text}': {', '.join(COUNTED)} take a number, as in forward:0, and need it; no "
+            "other place does"
         )
     if ("copy" in fields) != (place in DAMAGED_PLACES[1:]):
         raise ValueError(f"fault '{text}': only transfer and stored take copy=K, and need it")

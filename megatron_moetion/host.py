@@ -70,6 +70,15 @@ class Host(Protocol):
     def load_live_state(self, state: State) -> None:
         """Puts `live_state` back after a nested replay."""
 
+    def interlude_state(self) -> State:
+        """All that an interlude may change in this process; not for a log."""
+
+    def load_interlude_state(self, state: State) -> None:
+        """Puts `interlude_state` back, wherever an interlude was left; collective-free."""
+
+    def take_over(self, state: State) -> None:
+        """`load_start_state`, and parameters are gathered when they were then; collective-free."""
+
     def run_step(self, iteration: int) -> Any:
         """Runs the host's training step of `iteration` once more; returns what it returns."""
 

@@ -13,7 +13,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
+from megatron_moetion.interlude import Interludes
 from megatron_moetion.job import Job, Notice
-from megatron_moetion.progress import BETWEEN, RECOVERY, REPLAY
+from megatron_moetion.progress import BETWEEN, PLACES, RECOVERY, REPLAY
 from megatron_moetion.recovery.failure import (
     Interrupted,
     MissingFromInbox,
@@ -82,6 +84,7 @@ class Session:
         self.collectives = CollectiveTap(self.cursor, self.log, topology, job.groups, self)
         self.boundaries = BoundaryTap(self.cursor, self.log, topology)
         self.batches = BatchTap(self.cursor, self.log)
+        self.interludes = Interludes(self.cursor, self.log, host, job.groups.waits, self)
         self.frames = Frames(host, job.vault, job.global_rank)
         self.copier = copier_for(host.device, self._seal_failed)
         self._frame: Ticket | None = None
@@ -127,10 +130,8 @@ class Session:
         self.job.send("settled", epoch=self._frozen)
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
-        """A place that the agent is to see. A scripted fault may fire here; only in training, never
-        in replay.
-        """
-        if self.cursor.mode is not Mode.LIVE:
+        """A place that the agent is to see. A scripted fault may fire here; never in replay."""
+        if self.cursor.mode is not Mode.LIVE and not self.interludes.inside:
             self.job.progress.moved()
         else:
             # The gather of step i may run inside iteration i + 1, overlapped with its forward
@@ -156,14 +157,16 @@ class Session:
         if known is None:
             self.log_start(iteration, self.host.start_state())
         else:
-            self.host.load_start_state(known)
+            self.host.take_over(known)
         self._restore_buffers(iteration)
         # The frame before the last one is sealed for sure.
         self._offer_window(iteration - 2)
         self._time(iteration)
         if self.steering.counts_loads:
             self.host.count_loads()
-        self._move(replace(self._position, iteration=iteration, progress=Progress.BEFORE_COMMIT))
+        ended = max(self._position.ended, (iteration, 0))
+        before = Progress.BEFORE_COMMIT
+        self._move(replace(self._position, iteration=iteration, progress=before, ended=ended))
         self.reached("start")
 
     def _restore_buffers(self, iteration: int) -> None:
@@ -240,6 +243,9 @@ class Session:
             self.begin(iteration)
             try:
                 result = run() if iteration == last else self.host.run_step(iteration)
+                if self._by_shard and iteration <= self.cursor.refeed:
+                    # Whoever waits behind this iteration may have had its parameters gathered.
+                    self.host.sync_params()
             except Exception as error:
                 self._give_up(error)
                 if self._result is not None:
@@ -269,6 +275,29 @@ class Session:
     def logged(self, iteration: int) -> None:
         """The log line of an iteration has been written."""
         self._move(replace(self._position, logged=iteration))
+
+    def positions(self) -> Iterable[Position]:
+        """See `interlude.Gate`."""
+        return self.job.facts.positions.values() if self.job.facts is not None else ()
+
+    def ended(self, iteration: int, count: int) -> None:
+        """See `interlude.Gate`: before a freeze or not at all, like the commit point."""
+        with self._lock:
+            if self._frozen:
+                raise Interrupted("a peer was lost before this rank was through")
+            self._move(replace(self._position, ended=(iteration, count)))
+
+    def told(self, iteration: int, count: int) -> None:
+        """See `interlude.Gate`."""
+        self._move(replace(self._position, told=(iteration, count)))
+
+    def aside(self, name: str) -> AbstractContextManager[None]:
+        """See `interlude.Gate`."""
+        return self.job.progress.aside(name if name in PLACES else BETWEEN)
+
+    def hopeless(self, reason: str) -> None:
+        """The job ends, or starts anew from a spill."""
+        self.job.send("hopeless", reason=reason, state_lost=True)
 
     def optimizer_step(self, run: Callable[[], Any]) -> Any:
         """Stands around the outermost optimizer's step."""
@@ -575,7 +604,9 @@ class Session:
             return known
         if self._by_shard:
             # Other facts may have come since the host was told where to begin.
-            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
+            before = iteration - 1
+            ended = (iteration, 0)
+            known = Position(iteration, Progress.BEFORE_COMMIT, before, before, ended=ended)
         else:
             known = entered(facts, self.job.global_rank)
         self._began_here = known.committed
@@ -592,7 +623,7 @@ class Session:
         try:
             plan = make_shard_plan(facts) if self._by_shard else make_plan(facts, self.topology)
         except NothingToRebuildFrom as error:
-            self.job.send("hopeless", reason=str(error), state_lost=True)
+            self.hopeless(str(error))
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
         swapped = self.job.groups.rebuild(
@@ -633,7 +664,8 @@ class Session:
                 self.steering.load_state(state["steering"])
         self._next = at + 1
         if reached(was) > at or was.progress is not Progress.RETURNED:
-            self._move(Position(at + 1, Progress.BEFORE_COMMIT, at, was.logged))
+            before = Progress.BEFORE_COMMIT
+            self._move(replace(was, iteration=at + 1, progress=before, committed=at))
         told = {"from": was.iteration, "iteration": at, "base": base}
         self.job.events.emit("went-back", epoch=plan.epoch, **told)
         self._joined(plan, replayed=0)
@@ -748,14 +780,9 @@ class Session:
         replayed = len(self._rebuild.plan.replay)
         self.cursor.mode = Mode.LIVE
         self._joined(self._plan, replayed)
-        self._move(
-            replace(
-                self._position,
-                iteration=iteration,
-                progress=Progress.AFTER_STEP,
-                committed=self._plan.committed,
-            )
-        )
+        was, committed = self._position, self._plan.committed
+        after = Progress.AFTER_STEP
+        self._move(replace(was, iteration=iteration, progress=after, committed=committed))
 
     def _end_replay(self) -> None:
         assert self._rebuild is not None

@@ -89,7 +89,21 @@ class FrameKey:
         return f"frame/{self.iteration}/state"
 
 
-Key = BoundaryKey | CollectiveKey | BatchKey | HeaderKey | ResultKey | FrameKey
+@dataclass(frozen=True)
+class InterludeKey:
+    """What a rank logs of the `number`-th interlude after an iteration: `note` is how things stood
+    before it, `end` how they stand behind it.
+    """
+
+    iteration: int
+    number: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"interlude/{self.iteration}/{self.number}/{self.what}"
+
+
+Key = BoundaryKey | CollectiveKey | BatchKey | HeaderKey | ResultKey | FrameKey | InterludeKey
 
 
 def iteration_of(key: str) -> int:

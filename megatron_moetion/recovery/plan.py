@@ -40,6 +40,9 @@ class Position:
         logged: the newest iteration whose log line it has written.
         since: the oldest iteration of which what it sent is in the log of its node; it is not 0
             where another node took the place of a lost one.
+        ended: (iteration, n): it has been through the first n interludes after that iteration, and
+            through all of earlier ones. It never goes back, also where an iteration is run again.
+        told: likewise, of which it has written what they say.
     """
 
     iteration: int = 0
@@ -47,6 +50,8 @@ class Position:
     committed: int = 0
     logged: int = 0
     since: int = 0
+    ended: tuple[int, int] = (0, 0)
+    told: tuple[int, int] = (0, 0)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -55,12 +60,20 @@ class Position:
             "committed": self.committed,
             "logged": self.logged,
             "since": self.since,
+            "ended": list(self.ended),
+            "told": list(self.told),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Position:
         numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged", "since")}
-        return cls(progress=Progress(str(data["progress"])), **numbers)
+        ended, told = (_pair(data[k]) for k in ("ended", "told"))
+        return cls(progress=Progress(str(data["progress"])), ended=ended, told=told, **numbers)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    iteration, count = value
+    return int(iteration), int(count)
 
 
 @dataclass(frozen=True)
@@ -411,5 +424,5 @@ def entered(facts: Facts, global_rank: int, by_shard: bool = False) -> Position:
         return known
     at = make_shard_plan(facts).committed if by_shard else facts.committed
     if not by_shard and all(at in facts.starts.get(rank, ()) for rank in facts.lost):
-        return Position(at, Progress.STEPPING, at, at - 1)
-    return Position(at + 1, Progress.BEFORE_COMMIT, at, at)
+        return Position(at, Progress.STEPPING, at, at - 1, ended=(at, 0))
+    return Position(at + 1, Progress.BEFORE_COMMIT, at, at, ended=(at + 1, 0))

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-KINDS = frozenset({"frame", "boundary", "collective", "batch", "header", "result"})
+KINDS = frozenset({"frame", "boundary", "collective", "batch", "header", "result", "interlude"})
 
 
 def split_key(key: str) -> tuple[str, int]:

@@ -32,6 +32,8 @@ _COUNTERS = (
     "consumed_train_samples",
     "skipped_train_samples",
     "consumed_valid_samples",
+    # What it was when training began; a checkpoint holds all arguments.
+    "num_floating_point_operations_so_far",
     "do_train",
     "do_valid",
     "do_test",
@@ -124,6 +126,7 @@ class MegatronHost:
             "collective": (1, _SMALL + tied * rows * args.hidden_size * 4),
             "header": (1, _SMALL),
             "result": (1, _SMALL),
+            "interlude": (1, _SMALL),
         }
 
     def iteration_flops(self) -> float:
@@ -198,10 +201,39 @@ class MegatronHost:
         return {**copy.deepcopy(state), "timers": clocks}
 
     def load_live_state(self, state: State) -> None:
+        self.take_over(state)
+        for name, timer in get_timers()._timers.items():
+            clock = state["timers"].get(name)
+            if clock is None:
+                timer.reset()
+            else:
+                timer._elapsed, timer._active_time, timer._started, timer._start_time = clock
+
+    def interlude_state(self) -> State:
+        return {
+            **self.live_state(),
+            "modes": [module.training for module in self._modules()],
+            "buffers": {name: tensor.clone() for name, tensor in self.buffers().items()},
+            "rerun_mode": get_rerun_state_machine().get_mode(),
+            "config_timers": self._config.timers,
+        }
+
+    def load_interlude_state(self, state: State) -> None:
+        self.load_live_state(state)
+        for module, mode in zip(self._modules(), state["modes"], strict=True):
+            module.training = mode
+        with torch.no_grad():
+            for name, tensor in self.buffers().items():
+                tensor.copy_(state["buffers"][name])
+        get_rerun_state_machine().set_mode(state["rerun_mode"])
+        self._config.timers = state["config_timers"]
+
+    def take_over(self, state: State) -> None:
         self.load_start_state(state)
-        for name, clock in state["timers"].items():
-            timer = get_timers()._timers[name]
-            timer._elapsed, timer._active_time, timer._started, timer._start_time = clock
+        self.set_hooked(state["hooked"])
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [module for chunk in self.model for module in chunk.modules()]
 
     def run_step(self, iteration: int) -> Any:
         assert self.call is not None
@@ -240,9 +272,10 @@ class MegatronHost:
 
     def set_hooked(self, hooked: bool) -> None:
         """Gathers parameters by forward hooks, or not; communicates nothing."""
-        if hooked == self.hooked:
-            return
         for chunk in self.model:
+            # Of several chunks some may have been switched when a peer was lost.
+            if hooked == (len(chunk.remove_forward_pre_hook_handles) > 0):
+                continue
             chunk.enable_forward_pre_hook() if hooked else chunk.disable_forward_pre_hook(
                 param_sync=False
             )

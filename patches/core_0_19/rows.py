@@ -2,6 +2,7 @@
 
 from megatron_moetion.interception import Patch
 
+from . import interludes
 from . import training as t
 
 ROWS: tuple[Patch, ...] = (
@@ -376,30 +377,40 @@ ROWS: tuple[Patch, ...] = (
     Patch(
         target="megatron.training.training:evaluate_and_print_results",
         how="around",
-        handler=t.unprotected("evaluation"),
+        handler=interludes.evaluation,
         signature=(
             "(prefix, forward_step_func, data_iterator, model, iteration, "
             "process_non_loss_data_func, config, verbose=..., write_to_tensorboard=..., "
             "non_loss_data_func=..., pg_collection=..., p2p_communicator=...)"
         ),
         digest="699dfbe69cf2",
-        stage="inbox",
-        why="evaluation is not part of an iteration's inbox",
-        retire_when="evaluation is repeatable",
+        stage="recovery",
+        why="evaluation is repeated as a whole when a peer is lost in it",
+        retire_when="Megatron can repeat an evaluation",
+    ),
+    Patch(
+        target="megatron.training.training:disable_forward_pre_hook",
+        how="around",
+        handler=interludes.parameter_sync,
+        signature="(model_chunks, optimizer=..., param_sync=...)",
+        digest="4defb19dbfd5",
+        stage="recovery",
+        why="parameters are gathered before an evaluation, inside a stage and outside its steps",
+        retire_when="Megatron gathers them inside the evaluation",
     ),
     Patch(
         target="megatron.training.training:save_checkpoint_and_time",
         how="around",
-        handler=t.unprotected("saving a checkpoint"),
+        handler=interludes.saving,
         signature=(
             "(iteration, model, optimizer, opt_param_scheduler, "
             "num_floating_point_operations_so_far, checkpointing_context, non_persistent_ckpt=..., "
             "train_data_iterator=...)"
         ),
         digest="f72b7873e170",
-        stage="inbox",
-        why="saving is not part of an iteration's inbox",
-        retire_when="saving is repeatable",
+        stage="recovery",
+        why="a checkpoint is written again as a whole when a peer is lost in it",
+        retire_when="Megatron can repeat a save",
     ),
     Patch(
         target="megatron.training.training:train_step",

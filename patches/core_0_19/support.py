@@ -389,6 +389,24 @@ TABLE: tuple[Unsupported, ...] = (
         "drop --async-save, --use-persistent-ckpt-worker and --non-persistent-ckpt-type local",
     ),
     Unsupported(
+        "checkpoints of a structure that is known beforehand",
+        _on("ckpt_assume_constant_structure"),
+        "a replacement has not seen the checkpoint that the others go by",
+        _drop("--ckpt-assume-constant-structure"),
+    ),
+    Unsupported(
+        "checkpoints in object storage",
+        lambda args: str(_get(args, "save") or "").startswith("msc://"),
+        "one that is half written could not be taken away",
+        "give --save a folder",
+    ),
+    Unsupported(
+        "several or whole validation sets",
+        _on("full_validation", "multiple_validation_sets"),
+        "a replacement cannot place their iterators at the right sample",
+        _drop("--full-validation", "--multiple-validation-sets"),
+    ),
+    Unsupported(
         "--rerun-mode report_stats",
         _is("rerun_mode", "report_stats"),
         "every iteration runs several times, which the log does not tell apart",

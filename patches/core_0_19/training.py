@@ -94,6 +94,8 @@ def collective(name: str) -> Callable[..., Any]:
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is None:
             return host(*args, **kwargs)
+        if name == "barrier":
+            SESSION.interludes.count("save")
         return SESSION.collectives.call(name, host, *args, **kwargs)
 
     return handler
@@ -150,8 +152,12 @@ def communicate(host: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
 
 def next_batch(host: Callable[..., Any], self: Any) -> Any:
     """RerunDataIterator.__next__."""
-    if SESSION is None or SESSION.cursor.mode is Mode.OFF or self.replaying:
+    if SESSION is None or self.replaying:
         return host(self)
+    if SESSION.interludes.inside:
+        return SESSION.interludes.draw(self, lambda: host(self))
+    if SESSION.cursor.mode is Mode.LIVE:
+        SESSION.reached("batch", SESSION.cursor.take("batch"))
     assert isinstance(SESSION.host, MegatronHost)
     for chunk, iterator in enumerate(SESSION.host.data_iterators):
         if iterator is self:
@@ -166,6 +172,8 @@ def counted(place: str) -> Callable[..., Any]:
         if SESSION is not None:
             live = SESSION.cursor.mode is Mode.LIVE
             SESSION.reached(place, SESSION.cursor.take(place) if live else None)
+            if not live and place == "forward":
+                SESSION.interludes.count("evaluate")
         return host(*args, **kwargs)
 
     return handler
@@ -317,6 +325,7 @@ def train_step(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if directory is not None:
         export(host_view, iteration, state, directory)
     if joined is not None:
+        host_view.set_hooked(False)
         return joined[0]
     # The host's loop gathers parameters by hooks only after its first iteration; its peers are past
     # theirs.
@@ -415,6 +424,7 @@ def training_log(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if SESSION is None:
         return host(*args, **kwargs)
     assert isinstance(SESSION.host, MegatronHost)
+    SESSION.reached("log")
     loop, call = SESSION.host.loop, list(args)
     losses, iteration = call[1], call[3]
     if loop["losses"] is not losses:
@@ -451,31 +461,6 @@ def checkpoint_and_decide_exit(host: Callable[..., Any], *args: Any, **kwargs: A
     if SESSION is not None and isinstance(SESSION.host, MegatronHost):
         SESSION.host.loop["flops"] = args[4]
     return host(*args, **kwargs)
-
-
-def unprotected(what: str) -> Callable[..., Any]:
-    """The handler of evaluation and saving: nothing is logged, a failure inside ends the job.
-
-    Args:
-        what: one of `progress.PLACES`.
-    """
-
-    def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if SESSION is None:
-            return host(*args, **kwargs)
-        mode, SESSION.cursor.mode = SESSION.cursor.mode, Mode.OFF
-        try:
-            with job().progress.aside(what):
-                return host(*args, **kwargs)
-        except Exception as error:
-            if is_communication_error(error):
-                reason = f"a rank failed during {what}, which cannot be repeated yet"
-                job().send("hopeless", reason=reason, state_lost=True)
-            raise
-        finally:
-            SESSION.cursor.mode = mode
-
-    return handler
 
 
 def finished(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

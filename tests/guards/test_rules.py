@@ -23,7 +23,7 @@ BROAD_EXCEPTS = {
     ("megatron_moetion/session.py", "_recover"): "recovery may be superseded",
     ("megatron_moetion/session.py", "join"): "recovery may be superseded",
     ("megatron_moetion/inbox/tap.py", "_live"): "a collective may be cut",
-    ("patches/core_0_19/training.py", "unprotected"): "evaluation may be cut",
+    ("megatron_moetion/interlude.py", "run"): "an interlude may be cut",
     # Carried to the training thread, which raises it.
     ("megatron_moetion/recovery/waiting.py", "run"): "a call is made in another thread",
     # Clean-up, then the same error again.

@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
-from megatron_moetion.faults import KINDS, PLACES, Fault, InjectedFault, Injector, Scripted, parse
+from megatron_moetion.faults import (
+    COUNTED,
+    KINDS,
+    PLACES,
+    Fault,
+    InjectedFault,
+    Injector,
+    Scripted,
+    parse,
+)
 
 
 def test_a_script_is_several_faults_joined_by_semicolons() -> None:
@@ -18,7 +27,7 @@ def test_a_script_is_several_faults_joined_by_semicolons() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "corrupt"])
 @pytest.mark.parametrize("place", PLACES)
 def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> None:
-    count = ":0" if place in ("forward", "backward") else ""
+    count = ":0" if place in COUNTED else ""
     (fault,) = parse(f"{kind}:global_rank=1,iteration=1,at={place}{count}")
     assert (fault.kind, fault.place) == (kind, place)
 
@@ -41,8 +50,8 @@ def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> Non
         ("kill:global_rank=,iteration=7,at=end", "lacks global_rank"),
         ("kill:global_rank=1,iteration=7", "lacks at"),
         ("kill:global_rank=1,iteration=7,at=lunch", "place 'lunch' is none of start"),
-        ("kill:global_rank=1,iteration=7,at=forward", "take a microbatch, and need one"),
-        ("kill:global_rank=1,iteration=7,at=end:1", "take a microbatch, and need one"),
+        ("kill:global_rank=1,iteration=7,at=forward", "take a number, as in forward:0"),
+        ("kill:global_rank=1,iteration=7,at=end:1", "need it; no other place does"),
         ("kill:global_rank=x,iteration=7,at=end", "are integers"),
         ("kill:global_rank=1,iteration=0,at=end", "iteration >= 1"),
         ("kill:global_rank=-1,iteration=1,at=end", "global_rank >= 0"),
