@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.membership import DEFAULT_LEASE, Members
 from megatron_moetion.faults import Fault
 from megatron_moetion.vault.placement import Placement
 
@@ -52,6 +52,7 @@ class Job:
         fired: those that were injected before this agent began again, by index.
         spills: folder of this node's spills; None without them.
         replaces_nodes: another node may take the place of a lost one.
+        lease: how long an agent that is silent counts as there; the leader's counts.
     """
 
     members: Members
@@ -67,6 +68,7 @@ class Job:
     fired: tuple[int, ...] = ()
     spills: Path | None = None
     replaces_nodes: bool = False
+    lease: timedelta = DEFAULT_LEASE
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""
