@@ -129,6 +129,7 @@ class Runner:
         port: int | None = None,
         restarts: bool = False,
         afresh: bool = False,
+        limit_seconds: float | None = LIMIT_SECONDS,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
@@ -138,6 +139,7 @@ class Runner:
             meddle: called with the run's directory in a thread of its own while the run goes on.
             port: of the job's store, for whoever meddles with it.
             restarts: an agent that is killed (`kill_agent`) is started again, as a scheduler would.
+            limit_seconds: after which a run is killed; None never kills it.
             afresh: everything is started and ends as for a user, not from the nursery.
         """
         directory = self._scratch / name
@@ -167,6 +169,7 @@ class Runner:
                 directory,
                 meddle,
                 restarts,
+                limit_seconds,
             ),
         )
         return Run(directory, int(code), (directory / "log").read_text())
@@ -210,6 +213,7 @@ def _train(
     directory: Path,
     meddle: Callable[[Path], None] | None,
     restarts: bool,
+    limit_seconds: float | None,
 ) -> int:
     """Runs the launchers and whoever meddles; the exit code."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -217,7 +221,8 @@ def _train(
     meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
     if meddling is not None:
         meddling.start()
-    code = _launch(starter, command, agents, program, environments, directory, restarts)
+    launched = (starter, command, agents, program, environments, directory)
+    code = _launch(*launched, restarts, limit_seconds)
     if meddling is not None:
         for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
             with file.open("a") as log:
@@ -234,6 +239,7 @@ def _launch(
     environments: Sequence[dict[str, str]],
     directory: Path,
     restarts: bool,
+    limit_seconds: float | None,
 ) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
     or 0.
@@ -257,7 +263,7 @@ def _launch(
 
         def end(node: int) -> int:
             while True:
-                code = launchers[node].wait(timeout=LIMIT_SECONDS)
+                code = launchers[node].wait(timeout=limit_seconds)
                 if not restarts or code != -signal.SIGKILL:
                     return code
                 launchers[node] = start(node)

@@ -44,7 +44,7 @@ class Launcher:
         (self._pidfd,) = fds
         self._code: int | None = None
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None) -> int:
         """Its exit code, negative for a signal.
 
         Raises:
