@@ -37,6 +37,7 @@ from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.supervision import Child
 from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
+from megatron_moetion.holdings import holdings
 from megatron_moetion.vault.entry import split_key
 from megatron_moetion.vault.spill import Record, Span
 from megatron_moetion.vault.store import VaultStore
@@ -387,6 +388,7 @@ class Node:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
             self._keep_spare()
+            self._log.emit("holds", epoch=message["epoch"], **holdings())
 
     def _report_damage(self, item: Damaged) -> None:
         where = {"global_rank": item.global_rank, "key": item.key, "copy": item.copy}
