@@ -7,7 +7,6 @@ plan.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion.claiming import claim_of, logs_of
+from megatron_moetion.holdings import holdings
 from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
@@ -61,6 +61,9 @@ from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.arena import size_class
 from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
+
+UNTIL_QUIET = 3
+"""Iterations after a recovery until nothing of what was there before it is left."""
 
 
 class StopReplay(Exception):
@@ -105,6 +108,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
+        self._quiet = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -146,6 +150,8 @@ class Session:
         self.cursor.counts = Counter()
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
+        if iteration == self._quiet:
+            self.job.events.emit("holds", epoch=self._handled, **holdings())
         # Before anything new is logged: what is claimed at the start counts on that.
         timeline = self.steering.timeline
         self.job.vault.drop(timeline.oldest(iteration))
@@ -708,14 +714,9 @@ class Session:
         self.log.epoch = plan.epoch
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
-        self.job.events.emit(
-            "resumed",
-            epoch=plan.epoch,
-            replayed=replayed,
-            iteration=plan.committed,
-            threads=len(os.listdir("/proc/self/task")),
-            files=len(os.listdir("/proc/self/fd")),
-        )
+        told = {"replayed": replayed, "iteration": plan.committed}
+        self.job.events.emit("resumed", epoch=plan.epoch, **told)
+        self._quiet = plan.committed + UNTIL_QUIET
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
         dead = self.job.global_rank in plan.dead

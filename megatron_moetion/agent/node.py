@@ -41,6 +41,7 @@ from megatron_moetion.agent.supervision import Child
 from megatron_moetion.agent.watch import Watch
 from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
+from megatron_moetion.holdings import holdings
 from megatron_moetion.vault.entry import split_key
 from megatron_moetion.vault.spill import Record, Span
 from megatron_moetion.vault.store import VaultStore
@@ -444,6 +445,7 @@ class Node:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
             self._keep_spare()
+            self._log.emit("holds", epoch=message["epoch"], **holdings())
 
     def _report_damage(self, item: Damaged) -> None:
         where = {"global_rank": item.global_rank, "key": item.key, "copy": item.copy}
