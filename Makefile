@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu gpu-bundle set-up clean
+.PHONY: help demo test lint soak gpu gpu-bundle set-up clean
 
 PY := .venv/bin/python
 STAMP := .venv/set-up.stamp
@@ -26,6 +26,9 @@ lint: $(STAMP)  ## ruff, mypy, and whether patches/README.md fits the patch rows
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -W ignore -m megatron_moetion ledger --check
+
+soak: $(STAMP)  ## 30 minutes of failures at random instants for each cut (SOAK_ARGS="--minutes 5")
+	$(PY) -m tests.soak $(SOAK_ARGS)
 
 gpu: ## the same identity with real CUDA streams, all ranks on one GPU
 	launch/gpu/run.sh

@@ -294,6 +294,16 @@ class Config:
             _seconds,
         ),
     )
+    lease_seconds: float = field(
+        default=4.0,
+        metadata=_flag(
+            "--moetion-lease",
+            "SECONDS",
+            "How long a node may be silent before it counts as lost; each node checks that it is "
+            "heard, and ends its workers when it is not.",
+            _seconds,
+        ),
+    )
 
     @property
     def timeout(self) -> timedelta:

@@ -15,6 +15,7 @@ import copy
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,6 +93,9 @@ class Gate(Protocol):
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
         """A fault may fire here."""
+
+    def aside(self, name: str) -> AbstractContextManager[None]:
+        """How long this takes says nothing of what iterations take."""
 
     def hopeless(self, reason: str) -> None:
         """Has the job end."""
@@ -194,7 +198,8 @@ class Interludes:
         self._stay, self._cursor.mode = stay, Mode.OFF
         try:
             if not self._is_done(stay):
-                stay.interlude.run(stay.lines.append)
+                with self._gate.aside(stay.interlude.name):
+                    stay.interlude.run(stay.lines.append)
             used = [stay.used[index] for index in range(len(stay.drawn))]
             state = {"state": self._host.start_state(), "used": used, "lines": stay.lines}
             self._log.write_state(stay.key("end"), state)

@@ -7,13 +7,13 @@ plan.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
 
 from megatron_moetion.claiming import claim_of, logs_of
+from megatron_moetion.holdings import holdings
 from megatron_moetion.host import Host, State
 from megatron_moetion.inbox.key import FrameKey, HeaderKey, ResultKey
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.inbox.tap import BatchTap, BoundaryTap, CollectiveTap, Cursor, Mode
 from megatron_moetion.interlude import Interludes
 from megatron_moetion.job import Job, Notice
-from megatron_moetion.progress import BETWEEN, RECOVERY, REPLAY
+from megatron_moetion.progress import BETWEEN, PLACES, RECOVERY, REPLAY
 from megatron_moetion.recovery.failure import (
     Interrupted,
     MissingFromInbox,
@@ -60,6 +61,9 @@ from megatron_moetion.vault import CorruptEntry
 from megatron_moetion.vault.arena import size_class
 from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
+
+UNTIL_QUIET = 3
+"""Iterations after a recovery until nothing of what was there before it is left."""
 
 
 class StopReplay(Exception):
@@ -104,6 +108,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
+        self._quiet = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -146,6 +151,8 @@ class Session:
         self.cursor.counts = Counter()
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
+        if iteration == self._quiet:
+            self.job.events.emit("holds", epoch=self._handled, **holdings())
         # Before anything new is logged: what is claimed at the start counts on that.
         timeline = self.steering.timeline
         self.job.vault.drop(timeline.oldest(iteration))
@@ -290,6 +297,10 @@ class Session:
     def told(self, iteration: int, count: int) -> None:
         """See `interlude.Gate`."""
         self._move(replace(self._position, told=(iteration, count)))
+
+    def aside(self, name: str) -> AbstractContextManager[None]:
+        """See `interlude.Gate`."""
+        return self.job.progress.aside(name if name in PLACES else BETWEEN)
 
     def hopeless(self, reason: str) -> None:
         """The job ends, or starts anew from a spill."""
@@ -600,7 +611,9 @@ class Session:
             return known
         if self._by_shard:
             # Other facts may have come since the host was told where to begin.
-            known = Position(iteration, Progress.BEFORE_COMMIT, iteration - 1, iteration - 1)
+            before = iteration - 1
+            ended = (iteration, 0)
+            known = Position(iteration, Progress.BEFORE_COMMIT, before, before, ended=ended)
         else:
             known = entered(facts, self.job.global_rank)
         self._began_here = known.committed
@@ -702,14 +715,9 @@ class Session:
         self.log.epoch = plan.epoch
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
-        self.job.events.emit(
-            "resumed",
-            epoch=plan.epoch,
-            replayed=replayed,
-            iteration=plan.committed,
-            threads=len(os.listdir("/proc/self/task")),
-            files=len(os.listdir("/proc/self/fd")),
-        )
+        told = {"replayed": replayed, "iteration": plan.committed}
+        self.job.events.emit("resumed", epoch=plan.epoch, **told)
+        self._quiet = plan.committed + UNTIL_QUIET
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
         dead = self.job.global_rank in plan.dead

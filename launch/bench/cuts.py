@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -141,10 +141,9 @@ def _read(told: Iterable[dict[str, Any]], iteration_ms: float) -> Cost:
         by_kind.setdefault(event["kind"], []).append(event)
     (numbers,), (vault,) = by_kind["counted"], by_kind["vault"]
     num_frames = numbers["captured entries"] / NUM_WORKERS
-    committed = {e["epoch"]: e["committed"] for e in by_kind["planned"] if "committed" in e}
-    at = {e["epoch"]: e["iteration"] for e in by_kind.get("went-back", ())}
+    lost = lost_iterations(by_kind)
     logged = {e["epoch"]: min(e["newest"].values()) >= e["committed"] for e in by_kind["gathered"]}
-    replayed: dict[int, int] = dict.fromkeys(committed, 0)
+    replayed: dict[int, int] = dict.fromkeys(lost, 0)
     for event in by_kind["resumed"]:
         epoch = event["epoch"]
         replayed[epoch] = max(replayed.get(epoch, 0), event.get("replayed", 0))
@@ -155,9 +154,16 @@ def _read(told: Iterable[dict[str, Any]], iteration_ms: float) -> Cost:
         iteration_ms=iteration_ms,
         rebuild_ms=_rebuild_ms(by_kind),
         replayed=list(replayed.values()),
-        lost=[committed[epoch] - at.get(epoch, committed[epoch]) for epoch in committed],
-        logged=[logged[epoch] for epoch in committed],
+        lost=list(lost.values()),
+        logged=[logged[epoch] for epoch in lost],
     )
+
+
+def lost_iterations(by_kind: Mapping[str, Sequence[dict[str, Any]]]) -> dict[int, int]:
+    """Iterations that all ranks run again, of those that counted as done; by epoch."""
+    committed = {e["epoch"]: e["committed"] for e in by_kind["planned"] if "committed" in e}
+    at = {e["epoch"]: e["iteration"] for e in by_kind.get("went-back", ())}
+    return {epoch: done - at.get(epoch, done) for epoch, done in committed.items()}
 
 
 def _rebuild_ms(by_kind: dict[str, list[dict[str, Any]]]) -> list[float]:

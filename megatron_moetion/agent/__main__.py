@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +13,8 @@ from megatron_moetion.agent.spares import Spare
 
 def main() -> NoReturn:
     """Run a job's part on this node and exit with the job's code."""
+    # Until the agent has a loop: while it waits for others in the store, no handler would run.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     spare = spare_ahead(sys.argv[1:])
     # Behind this import is torch.
     from megatron_moetion.agent import launcher

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from megatron_moetion.agent.counters import Counters
 from megatron_moetion.agent.membership import Members
@@ -16,6 +18,19 @@ from megatron_moetion.vault.placement import Placement
 from megatron_moetion.vault.store import VaultStore
 
 DRAIN_BYTES = 1 << 20
+
+
+class _Fenced(Exception):
+    """What an agent sends does not count any more: another one has its place."""
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """Whose copies a connection brings, and which copy of its frames is held here."""
+
+    node_rank: int
+    tenure: int
+    copy: int
 
 
 class Copies:
@@ -44,6 +59,10 @@ class Copies:
         self._lock = threading.Lock()
         self._claims: dict[int, Claim] = {}
         self._ceiling = 0
+        self._tenure = {node.node_rank: node.tenure for node in members.nodes}
+        # Held while anything of a node's is changed: a fence that is up has nothing behind it.
+        self._fences = {node.node_rank: threading.Lock() for node in members.nodes}
+        self._channels: dict[int, list[Channel]] = {}
 
     def known(self) -> bool:
         """Whether every owner has said what its copies come to."""
@@ -73,8 +92,20 @@ class Copies:
         owners = self._placement.held_by(self._members.own_node_rank)
         return [rank for node in owners for rank in self._members.nodes[node].global_ranks]
 
-    def serve(self, channel: Channel, node_rank: int) -> None:
-        """Take what another node sends until it is gone.
+    def fence(self, node_rank: int, tenure: int) -> None:
+        """From now on nothing counts of agents that had a node's place before this tenure."""
+        with self._fences[node_rank]:
+            if tenure <= self._tenure[node_rank]:
+                return
+            self._tenure[node_rank] = tenure
+            for channel in self._channels.pop(node_rank, []):
+                channel.cut()
+
+    def serve(self, channel: Channel, node_rank: int, tenure: int) -> None:
+        """Take what another node sends until it is gone, or its place is given away.
+
+        Args:
+            tenure: of whoever sends; see `membership.Member`.
 
         Raises:
             ValueError, KeyError: it sends what it must not.
@@ -82,37 +113,62 @@ class Copies:
         copy = self._placement.copy_number(node_rank, self._members.own_node_rank)
         if not copy:
             raise ValueError(f"node {node_rank} has no copies here")
-        ranks = self._members.nodes[node_rank].global_ranks
+        # It may come before the leader's word that it has the place now.
+        self.fence(node_rank, tenure)
+        sender = _Sender(node_rank, tenure, copy)
         try:
+            with self._of(sender):
+                self._channels.setdefault(node_rank, []).append(channel)
             while True:
-                message = channel.receive()
-                if message["op"] == "claims":
-                    self._claim(channel, message, ranks)
-                elif message["op"] == "probe":
-                    _drain(channel, message["nbytes"])
-                    channel.send({"op": "heard"})
-                elif message["global_rank"] not in ranks:
-                    raise ValueError(f"rank {message['global_rank']} is not of node {node_rank}")
-                elif message["op"] == "copy":
-                    channel.send({"op": self._receive(channel, message, copy)})
-                elif message["op"] == "drop":
-                    self._store.drop(message["global_rank"], message["below"])
-                else:
-                    self._store.forget(message["global_rank"], message["key"])
+                self._take(channel, sender, channel.receive())
+        except _Fenced:
+            self._counters.add("messages of agents that had lost their place")
         except (EOFError, OSError):
             # The control connection tells that an agent is gone; this one carries only copies.
             return
 
-    def _claim(self, channel: Channel, message: Message, ranks: tuple[int, ...]) -> None:
+    @contextmanager
+    def _of(self, sender: _Sender) -> Iterator[None]:
+        """Hold the fence while something that a sender says is carried out.
+
+        Raises:
+            _Fenced: it has lost its place.
+        """
+        with self._fences[sender.node_rank]:
+            if sender.tenure < self._tenure[sender.node_rank]:
+                raise _Fenced
+            yield
+
+    def _take(self, channel: Channel, sender: _Sender, message: Message) -> None:
+        ranks = self._members.nodes[sender.node_rank].global_ranks
+        if message["op"] == "claims":
+            with self._of(sender):
+                self._claim(message, ranks)
+            channel.send({"op": "heard"})
+            self._claimed()
+        elif message["op"] == "probe":
+            _drain(channel, message["nbytes"])
+            channel.send({"op": "heard"})
+        elif message["global_rank"] not in ranks:
+            raise ValueError(f"rank {message['global_rank']} is not of node {sender.node_rank}")
+        elif message["op"] == "copy":
+            channel.send({"op": self._receive(channel, message, sender)})
+        else:
+            with self._of(sender):
+                if message["op"] == "drop":
+                    self._store.drop(message["global_rank"], message["below"])
+                else:
+                    self._store.forget(message["global_rank"], message["key"])
+
+    def _claim(self, message: Message, ranks: tuple[int, ...]) -> None:
         claims = {int(rank): Claim.from_json(claim) for rank, claim in message["claims"].items()}
         with self._lock:
             self._claims.update({rank: claims[rank] for rank in ranks})
-        channel.send({"op": "heard"})
-        self._claimed()
 
-    def _receive(self, channel: Channel, message: Message, copy: int) -> str:
+    def _receive(self, channel: Channel, message: Message, sender: _Sender) -> str:
         """Take the bytes of one frame; returns what to answer."""
         rank, key, nbytes = message["global_rank"], message["key"], message["nbytes"]
+        copy = sender.copy
         kind, iteration = split_key(key)
         with self._lock:
             claim = self._claims.get(rank)
@@ -135,8 +191,9 @@ class Copies:
                 self._counters.add("frames that arrived damaged")
                 return "damaged"
             fields = (message["checksum"], message["meta"], message["parts"])
-            self._store.publish(rank, Entry(key, chunk.number, 0, nbytes, *fields))
-            published = True
+            with self._of(sender):
+                self._store.publish(rank, Entry(key, chunk.number, 0, nbytes, *fields))
+                published = True
             if kind == "frame":
                 self._faults.strike("stored", rank, iteration, copy, flip)
         finally:

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from megatron_moetion.agent.equipment import Equipment
@@ -22,6 +23,7 @@ from megatron_moetion.agent.items import (
     PeerJoined,
     WorkerSilent,
 )
+from megatron_moetion.agent.lease import bulk
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
 from megatron_moetion.vault.entry import Entry, split_key
@@ -36,6 +38,9 @@ class Desk:
         equipment: what the connections are about.
         welcome: what to tell a worker, from its global rank and its hello; may wait.
         post: hands an item to the main loop; called from many threads.
+        lease: of every agent.
+        beats: answers the beats of another agent, see `lease.Leases.serve`; None where no other
+            agent has any business.
     """
 
     def __init__(
@@ -44,7 +49,10 @@ class Desk:
         equipment: Equipment,
         welcome: Callable[[int, Message], Message],
         post: Callable[[Item], None],
+        lease: timedelta | None = None,
+        beats: Callable[[Channel, str], None] | None = None,
     ) -> None:
+        self._lease, self._beats = lease, beats
         self._members = members
         self._equipment = equipment
         self._store = equipment.store
@@ -106,23 +114,35 @@ class Desk:
         match first["op"]:
             case "hello" if first["global_rank"] in self._members.own.global_ranks:
                 self._serve_worker(first["global_rank"], channel, first)
-            case "control":
-                self._post(PeerJoined(first["node_rank"], channel, first.get("member")))
-                self.follow(first["node_rank"], channel)
+            case "control" | "standby" if self._beats is not None:
+                self._end_when_silent(channel, self._lease)
+                member = first.get("member")
+                self._post(PeerJoined(channel, first["agent"], first["node_rank"], member))
+                self.follow(channel)
+            case "pulse" if self._beats is not None:
+                self._end_when_silent(channel, self._lease)
+                self._beats(channel, first["agent"])
             case "vault":
+                self._end_when_silent(channel, bulk(self._lease))
                 self._serve_vault(channel)
             case "copies":
-                self._equipment.copies.serve(channel, first["node_rank"])
+                self._end_when_silent(channel, bulk(self._lease))
+                self._equipment.copies.serve(channel, first["node_rank"], first["tenure"])
             case other:
                 raise ValueError(f"{other!r} as first message")
 
-    def follow(self, node_rank: int, channel: Channel) -> None:
+    @staticmethod
+    def _end_when_silent(channel: Channel, silence: timedelta | None) -> None:
+        if silence is not None:
+            channel.end_when_silent(silence)
+
+    def follow(self, channel: Channel) -> None:
         """Post what another agent says until its connection ends; runs in the caller's thread."""
         try:
             while True:
-                self._post(FromPeer(node_rank, channel.receive()))
+                self._post(FromPeer(channel.receive(), channel))
         except (EOFError, OSError) as error:
-            self._post(PeerGone(node_rank, str(error) or "connection closed", channel))
+            self._post(PeerGone(str(error) or "connection closed", channel))
 
     def _serve_worker(self, rank: int, channel: Channel, hello: Message) -> None:
         welcome = self._welcome(rank, hello)

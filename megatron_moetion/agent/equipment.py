@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from megatron_moetion.agent.claims import Claims
 from megatron_moetion.agent.copies import Copies
@@ -40,6 +41,16 @@ class Equipment:
     claims: Claims
     counters: Counters
 
+    def evicted(self, node_rank: int, tenure: int) -> None:
+        """Another agent is lost; what it still sends counts no more, and nobody waits for it.
+
+        Args:
+            tenure: of whoever gets its place.
+        """
+        self.copies.fence(node_rank, tenure)
+        self.replication.cut(node_rank)
+        self.peers.cut(node_rank)
+
 
 def assemble(
     members: Members,
@@ -50,6 +61,7 @@ def assemble(
     fired: Iterable[int],
     log: EventLog,
     post: Callable[[Item], None],
+    lease: timedelta | None = None,
 ) -> Equipment:
     """Put an agent's equipment together.
 
@@ -62,6 +74,7 @@ def assemble(
         fired: those that were injected before, by index.
         log: for events.
         post: hands an item to the main loop; called from many threads.
+        lease: of every agent.
     """
     own, counters = members.own, Counters()
 
@@ -85,8 +98,8 @@ def assemble(
     scripted = Scripted(faults, fired, struck)
     copies = Copies(members, placement, store, counters, scripted, claimed)
     replication = Replication(
-        members, placement, store, secret, counters, log, scripted, quarantined, timed
+        members, placement, store, secret, counters, log, scripted, quarantined, timed, lease
     )
     claims = Claims(own.node_rank, own.global_ranks, store, replication, copies, log, refuse)
-    peers = Peers(members, secret)
+    peers = Peers(members, secret, lease)
     return Equipment(store, placement, peers, replication, copies, claims, counters)

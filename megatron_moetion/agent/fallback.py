@@ -23,10 +23,25 @@ class FallBack:
         iteration: of the newest spill that was valid on all nodes; each one is newer than the one
             before, or the job ends: it would only fail again.
         fired: scripted faults that have been injected, by index.
+        node_rank: of an agent that stood by when it was started and has had a place since; None
+            leaves it to the command line.
     """
 
     iteration: int
     fired: tuple[int, ...] = ()
+    node_rank: int | None = None
+
+
+def way_on(spilled: int | None, state_lost: bool) -> str:
+    """What is intact when a job ends, for the end of the line that says why.
+
+    Args:
+        spilled: iteration of the newest spill that is valid on every node, if there is one.
+        state_lost: an older state is all that there is.
+    """
+    if spilled is not None:
+        return f"; the same command goes on from the spill of iteration {spilled}"
+    return "; restart from a Megatron checkpoint with --load" if state_lost else ""
 
 
 def inherited() -> FallBack | None:
@@ -34,13 +49,19 @@ def inherited() -> FallBack | None:
     told = os.environ.pop(VARIABLE, None)
     if told is None:
         return None
-    iteration, fired = json.loads(told)
-    return FallBack(iteration, tuple(fired))
+    iteration, fired, node_rank = json.loads(told)
+    return FallBack(iteration, tuple(fired), node_rank)
 
 
 def begin_again(fall_back: FallBack) -> NoReturn:
     """Run this command from its beginning, as the same process; all children must have ended."""
-    os.environ[VARIABLE] = json.dumps([fall_back.iteration, fall_back.fired])
+    told = [fall_back.iteration, fall_back.fired, fall_back.node_rank]
+    os.environ[VARIABLE] = json.dumps(told)
+    run_again()
+
+
+def run_again() -> NoReturn:
+    """Run this command from its beginning, as the same process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

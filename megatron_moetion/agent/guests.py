@@ -29,12 +29,14 @@ from megatron_moetion.agent.items import Arrived, Item
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.membership import (
     BACKLOG,
+    Arrival,
     Meeting,
     Member,
     Members,
     MembershipError,
     Rendezvous,
     meet,
+    taken,
 )
 from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.script import agents_config, option, placement_of
@@ -174,8 +176,8 @@ def main() -> NoReturn:
 def _run(spec: dict[str, Any]) -> int:
     place, script_args = Surroundings(**spec["place"]), tuple(spec["script_args"])
     config = agents_config(script_args, place.num_nodes)
-    seconds = float(option(script_args, "--moetion-timeout") or Config().timeout_seconds)
-    timeout = timedelta(seconds=seconds)
+    timeout = launcher.seconds_of(script_args, "--moetion-timeout", Config().timeout_seconds)
+    lease = launcher.seconds_of(script_args, "--moetion-lease", Config().lease_seconds)
     meeting = _meet(place, spec["run_id"], timeout)
     job = Job(
         members=meeting.members,
@@ -191,6 +193,7 @@ def _run(spec: dict[str, Any]) -> int:
         spills=launcher.spill_folder(script_args),
         hang_factor=config.hang_factor,
         max_retries=config.max_retries,
+        lease=lease,
     )
     store = VaultStore()
     record = launcher.cold_start(job, script_args, meeting.store, store)
@@ -205,7 +208,10 @@ def _meet(place: Surroundings, run_id: str, timeout: timedelta) -> Meeting:
     if place.num_nodes > 1:
         host, port = place.store
         rendezvous = Rendezvous(place.num_nodes, place.node_rank, host, port, timeout, domain)
-        return meet(rendezvous, place.num_workers, again=not place.hosts_store)
+        meeting = meet(rendezvous, place.num_workers, again=not place.hosts_store)
+        if isinstance(meeting, Arrival):
+            raise MembershipError(taken(place.node_rank))
+        return meeting
     listener = listen_tcp("127.0.0.1", BACKLOG)
     own = Member(0, "127.0.0.1", listener.getsockname()[1], place.num_workers, 0, domain)
     return Meeting(HashStore(), 0, listener, Members((own,), 0), run_id)

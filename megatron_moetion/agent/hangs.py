@@ -150,7 +150,8 @@ def limit_of(
 
 def here(limit: Limit, observations: Iterable[Observation], timeout: timedelta) -> Limit:
     """The limit where the ranks are: what an evaluation or a checkpoint takes is not learned."""
-    aside = any(each.place in (EVALUATION, SAVING) for each in observations)
+    places = {each.place.partition(":")[0] for each in observations}
+    aside = not places.isdisjoint((EVALUATION, SAVING))
     return Limit(timeout.total_seconds(), None, limit.factor) if aside else limit
 
 

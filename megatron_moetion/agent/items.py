@@ -25,10 +25,12 @@ class WorkerSilent:
 
 @dataclass(frozen=True)
 class FromPeer:
-    """A message over the control connection of another node."""
+    """A message over the control connection of another agent; whose place that is, if it has one,
+    the main loop knows by the connection.
+    """
 
-    node_rank: int
     message: Message
+    channel: Channel
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class PeerJoined:
     """Another node's agent has connected to this one, the leader.
 
     Attributes:
-        member: where it listens, if it wants to take the place of a lost one; see
-            `membership.Member`.
+        agent: its name, see `lease.Leases`.
+        node_rank: of its place.
+        member: of one without a place, see `seats.Applicant`.
     """
 
-    node_rank: int
     channel: Channel
+    agent: str
+    node_rank: int
     member: Message | None = None
 
 
@@ -49,7 +53,6 @@ class PeerJoined:
 class PeerGone:
     """A control connection ended."""
 
-    node_rank: int
     why: str
     channel: Channel
 

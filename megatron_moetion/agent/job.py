@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.membership import DEFAULT_LEASE, Members
 from megatron_moetion.faults import Fault
 from megatron_moetion.vault.placement import Placement
 
@@ -54,6 +54,7 @@ class Job:
         replaces_nodes: another node may take the place of a lost one.
         hang_factor: of --moetion-hang-factor.
         max_retries: of --moetion-max-retries.
+        lease: how long an agent that is silent counts as there; the leader's counts.
     """
 
     members: Members
@@ -71,6 +72,7 @@ class Job:
     replaces_nodes: bool = False
     hang_factor: float = 0.0
     max_retries: int = 3
+    lease: timedelta = DEFAULT_LEASE
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:
         """What a worker's environment has besides `env`: torchrun's names, and ours."""

@@ -17,18 +17,22 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, NoSpillLeft, SpillDoesNotFit, share_over
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
-from megatron_moetion.agent.fallback import FallBack, begin_again, inherited
+from megatron_moetion.agent.fallback import FallBack, begin_again, inherited, run_again
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import (
+    ANY_PLACE,
+    Arrival,
     KeyValues,
     Meeting,
     MembershipError,
     Rendezvous,
+    arrive,
     meet,
 )
 from megatron_moetion.agent.node import Node
 from megatron_moetion.agent.script import agents_config, option, placement_of
 from megatron_moetion.agent.spares import Spare
+from megatron_moetion.agent.standby import Dismissed, Signalled, stand_by
 from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config, ConfigError
 from megatron_moetion.patch_location import load_patches
@@ -36,6 +40,7 @@ from megatron_moetion.vault.placement import PlacementError
 from megatron_moetion.vault.spill import FOLDER, Record
 from megatron_moetion.vault.store import VaultStore
 
+Outcome = int | FallBack
 DEFAULT_PORT = 29500
 USAGE_EXIT_CODE = 2
 REFUSED = {
@@ -68,6 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="what fails together with this node, for example its rack; copies of frames go to "
         "nodes with other labels (default: $MOETION_FAILURE_DOMAIN, else the host's name)",
     )
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="wait, without a part in the job, and take the place of a node that is lost; several "
+        "take their turns (--node-rank is not used)",
+    )
     # torchrun's defaults cannot be told from a choice; ours depend on the number of nodes.
     parser.set_defaults(
         master_port=os.environ.get("PET_MASTER_PORT"), node_rank=os.environ.get("PET_NODE_RANK")
@@ -85,22 +96,21 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
     args = build_parser().parse_args(argv)
     try:
         check(args)
-        rendezvous = rendezvous_of(args)
-        secret = secret_of(rendezvous.num_nodes)
-        num_workers = local_world_size(args.nproc_per_node)
-        meeting = meet(rendezvous, num_workers)
         fall_back = inherited()
-        job = job_of(args, rendezvous, meeting, secret, fall_back)
-        store = VaultStore()
-        stands_in, script_args = meeting.stands_in, args.training_script_args
-        record = None
-        if not stands_in:
-            record = cold_start(job, script_args, meeting.store, store, fall_back)
-        outcome = Node(job, meeting.listener, store, record, spare, stands_in).run()
+        if fall_back is not None and fall_back.node_rank is not None:
+            args.standby, args.node_rank = False, fall_back.node_rank
+        outcome = _run(args, fall_back, spare)
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
     except (MembershipError, NoSpillLeft) as error:
         _fail(str(error), 1)
+    except Dismissed as dismissed:
+        if dismissed.anew:
+            run_again()
+        print("moetion-run: the job is over; this standby ends with it", file=sys.stderr)
+        outcome = 0
+    except Signalled as signalled:
+        outcome = 128 + signalled.number
     except KeyboardInterrupt:
         _fail("interrupted before the job started", 130)
     if isinstance(outcome, FallBack):
@@ -109,6 +119,20 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
     sys.stderr.flush()
     # The connection threads wait in system calls for ever; nothing is left to be cleaned up.
     os._exit(outcome)
+
+
+def _run(args: argparse.Namespace, fall_back: FallBack | None, spare: Spare | None) -> Outcome:
+    rendezvous = rendezvous_of(args)
+    secret = secret_of(rendezvous.num_nodes)
+    num_workers = local_world_size(args.nproc_per_node)
+    met = arrive(rendezvous, num_workers) if args.standby else meet(rendezvous, num_workers)
+    seat, record, store = None, None, VaultStore()
+    if isinstance(met, Arrival):
+        met, seat = stand_by(met, bytes.fromhex(secret), rendezvous.lease)
+    job = job_of(args, rendezvous, met, secret, fall_back)
+    if seat is None:
+        record = cold_start(job, args.training_script_args, met.store, store, fall_back)
+    return Node(job, met.listener, store, record, spare, seat).run()
 
 
 def check(args: argparse.Namespace) -> None:
@@ -136,9 +160,11 @@ def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
     if high not in ("", low) or not low.isdecimal() or int(low) < 1:
         raise UsageError(f"--nnodes {args.nnodes}: the number of nodes is fixed, give one number")
     num_nodes = 1 if args.standalone else int(low)
-    if num_nodes > 1 and args.node_rank is None:
+    if args.standby and num_nodes == 1:
+        raise UsageError("--standby is for jobs with several nodes: give the --nnodes of the job")
+    if num_nodes > 1 and args.node_rank is None and not args.standby:
         raise UsageError(f"--nnodes {num_nodes} needs --node-rank 0..{num_nodes - 1} on each node")
-    node_rank = args.node_rank or 0
+    node_rank = ANY_PLACE if args.standby else int(args.node_rank or 0)
     if node_rank >= num_nodes:
         raise UsageError(f"--node-rank {node_rank} must be below --nnodes {num_nodes}")
     host, _, port = str(args.rdzv_endpoint).rpartition(":")
@@ -146,19 +172,32 @@ def rendezvous_of(args: argparse.Namespace) -> Rendezvous:
         host, port = args.master_addr, args.master_port or ""
     # On one node nobody has to know the port, so no two jobs need to collide.
     fallback = 0 if num_nodes == 1 else DEFAULT_PORT
-    seconds = option(args.training_script_args, "--moetion-timeout") or Config().timeout_seconds
-    try:
-        timeout = timedelta(seconds=float(seconds))
-    except ValueError:
-        raise UsageError(f"--moetion-timeout {seconds}: give a number of seconds") from None
+    script_args = args.training_script_args
     return Rendezvous(
         num_nodes=num_nodes,
         node_rank=node_rank,
         master_addr=host or "127.0.0.1",
         master_port=_number("the master port", port) if port else fallback,
-        timeout=timeout,
+        timeout=seconds_of(script_args, "--moetion-timeout", Config().timeout_seconds),
         domain=args.failure_domain,
+        lease=seconds_of(script_args, "--moetion-lease", Config().lease_seconds),
     )
+
+
+def seconds_of(script_args: Sequence[str], name: str, default: float) -> timedelta:
+    """A time that the agents and the workers share.
+
+    Raises:
+        UsageError: it is none, or none that can be waited for.
+    """
+    given = option(script_args, name)
+    try:
+        seconds = default if given is None else float(given)
+    except ValueError:
+        raise UsageError(f"{name} {given}: give a number of seconds") from None
+    if not 0.0 < seconds < float("inf"):
+        raise UsageError(f"{name} {given}: give a number of seconds above 0")
+    return timedelta(seconds=seconds)
 
 
 def secret_of(num_nodes: int) -> str:
@@ -214,15 +253,16 @@ def job_of(
         placement = placement_of(meeting.members, config)
     except (ConfigError, PlacementError) as error:
         raise UsageError(str(error)) from None
-    default_dir = str(Config().dir) if protected else None
+    default_dir, own = str(Config().dir) if protected else None, meeting.members.own
     env = {
-        **worker_base_env(meeting.members.own.num_workers),
+        **worker_base_env(own.num_workers),
         "MASTER_ADDR": rendezvous.master_addr,
         "MASTER_PORT": str(meeting.port),
         "TORCHELASTIC_RUN_ID": meeting.run_id,
         "MOETION_RUN_ID": meeting.run_id,
         "MOETION_SECRET": secret,
-        "MOETION_AGENT": f"{ABSTRACT_MARK}moetion-{meeting.run_id}-{rendezvous.node_rank}",
+        # An agent that had this place before may still hold its name, if it was on this host.
+        "MOETION_AGENT": f"{ABSTRACT_MARK}moetion-{meeting.run_id}-{own.node_rank}.{own.tenure}",
         "MOETION_TIMEOUT": f"{rendezvous.timeout.total_seconds():g}",
     }
     return Job(
@@ -246,6 +286,7 @@ def job_of(
         replaces_nodes=protected and placement.num_copies > 0,
         hang_factor=config.hang_factor if protected else 0.0,
         max_retries=config.max_retries,
+        lease=rendezvous.lease,
     )
 
 

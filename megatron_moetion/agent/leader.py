@@ -28,6 +28,7 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.fallback import way_on
 from megatron_moetion.agent.hangs import Observation
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.spilling import Order, Release, Report, Settle, Spill, Spilling
@@ -125,6 +126,16 @@ class Leader:
         self._detected: float | None = None
         self._deadline: float | None = None
         self._over = False
+
+    @property
+    def over(self) -> bool:
+        """Whether the job is ending."""
+        return self._over
+
+    @property
+    def spilled(self) -> int | None:
+        """Iteration of the newest spill that is valid on every node."""
+        return self._spilling.valid
 
     def take(self, node_rank: int, message: Message) -> None:
         """An agent reports something.
@@ -289,11 +300,7 @@ class Leader:
             self._log.emit("fell-back", iteration=spilled, reason=end.reason)
             print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
         elif end.reason:
-            hint = ""
-            if spilled is not None:
-                hint = f"; the same command goes on from the spill of iteration {spilled}"
-            elif end.state_lost:
-                hint = "; restart from a Megatron checkpoint with --load"
+            hint = way_on(spilled, end.state_lost)
             print(f"moetion-run: ending the job: {end.reason}{hint}", file=sys.stderr)
         self._everywhere(order)
 
@@ -325,14 +332,6 @@ class Leader:
         if self._detected is not None:
             fields = {**fields, "ms": round((time.monotonic() - self._detected) * 1000, 1)}
         self._log.emit(kind, **fields)
-        if kind == "node-lost":
-            seconds = self._timeout.total_seconds()
-            print(
-                f"moetion-run: node {fields['node_rank']} is lost ({fields['why']}): start the same"
-                f" command with --node-rank {fields['node_rank']} on another one within"
-                f" {seconds:g} s (--moetion-timeout); the others wait",
-                file=sys.stderr,
-            )
         if kind == "resumed":
             since, self._cold = "start" if self._cold else "failure", False
             print(

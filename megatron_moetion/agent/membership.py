@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Protocol
 
@@ -18,10 +18,14 @@ from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not
 )
 
 from megatron_moetion.agent.wire import listen_tcp
+from megatron_moetion.config import Config
 
 BACKLOG = 128
+DEFAULT_LEASE = timedelta(seconds=Config().lease_seconds)
 GOING = "moetion/going"
 """Key that is there once all nodes have met."""
+ANY_PLACE = -1
+"""Node rank of an agent that has none yet."""
 
 
 class MembershipError(RuntimeError):
@@ -39,6 +43,7 @@ class Member:
         num_workers: how many it runs.
         first_global_rank: of its workers; the others follow.
         domain: label of what fails together: the host's name, or what the user calls its rack.
+        tenure: how many agents have had this place before; only the leader gives places away.
     """
 
     node_rank: int
@@ -47,6 +52,7 @@ class Member:
     num_workers: int
     first_global_rank: int = 0
     domain: str = ""
+    tenure: int = 0
 
     @property
     def global_ranks(self) -> tuple[int, ...]:
@@ -99,6 +105,7 @@ class Rendezvous:
         master_port: of the store that node 0 hosts; 0 lets it choose (one node only).
         timeout: for the slowest agent to appear.
         domain: of this node, see `Member`.
+        lease: how long an agent that is silent counts as there; the leader's counts.
     """
 
     num_nodes: int
@@ -107,6 +114,7 @@ class Rendezvous:
     master_port: int
     timeout: timedelta
     domain: str = ""
+    lease: timedelta = DEFAULT_LEASE
 
 
 class KeyValues(Protocol):
@@ -168,7 +176,6 @@ class Meeting:
         listener: for other agents.
         members: all nodes.
         run_id: the same on all nodes, new for each job.
-        stands_in: the job is going on; this node asks to take the place of a lost one.
     """
 
     store: Store
@@ -176,10 +183,31 @@ class Meeting:
     listener: socket.socket
     members: Members
     run_id: str
-    stands_in: bool = False
 
 
-def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeting:
+@dataclass(frozen=True)
+class Arrival:
+    """A node that has come to a job that is going on; the leader may have a place for it.
+
+    Attributes:
+        store: as in `Meeting`.
+        port: likewise.
+        listener: likewise.
+        run_id: likewise.
+        leader: node 0.
+        own: this node, its ranks still unknown; its node rank is the only place that it would take,
+            or ANY_PLACE.
+    """
+
+    store: Store
+    port: int
+    listener: socket.socket
+    run_id: str
+    leader: Member
+    own: Member
+
+
+def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeting | Arrival:
     """Announce this node and wait for all others.
 
     Args:
@@ -189,10 +217,7 @@ def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeti
         MembershipError: a port or node rank is taken, or a node does not appear.
     """
     server = open_store(rendezvous, hosted_elsewhere=again)
-    # The address of this host that reaches the store is one that the others reach, too.
-    with socket.create_connection((server.host, server.port)) as probe:
-        host = probe.getsockname()[0]
-    listener = listen_tcp(host, BACKLOG)
+    host, listener = _listen(server)
     own = rendezvous.node_rank
     store: Store = server
     if again:
@@ -201,7 +226,8 @@ def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeti
     if store.add(f"moetion/taken/{own}", 1) != 1:
         if not store.check([GOING]):
             raise MembershipError(taken(own))
-        return _stand_in(store, server.port, rendezvous, num_workers, host, listener)
+        own_member = Member(own, host, listener.getsockname()[1], num_workers)
+        return _arrival(store, server.port, listener, own_member)
     if own == 0:
         store.set("moetion/run", secrets.token_hex(6))
     member = Member(own, host, listener.getsockname()[1], num_workers, 0, rendezvous.domain)
@@ -228,36 +254,38 @@ def meet(rendezvous: Rendezvous, num_workers: int, again: bool = False) -> Meeti
     return Meeting(store, server.port, listener, Members(tuple(nodes), own), run_id)
 
 
+def arrive(rendezvous: Rendezvous, num_workers: int) -> Arrival:
+    """Wait for a job to be going on, to stand by for any of its places.
+
+    Raises:
+        MembershipError: there is none in time.
+    """
+    store = open_store(rendezvous, hosted_elsewhere=True)
+    host, listener = _listen(store)
+    try:
+        store.wait([GOING], rendezvous.timeout)
+    except DistStoreError:
+        seconds = rendezvous.timeout.total_seconds()
+        raise MembershipError(f"the job did not begin within {seconds:g} s") from None
+    own = Member(ANY_PLACE, host, listener.getsockname()[1], num_workers)
+    return _arrival(store, store.port, listener, own)
+
+
 def taken(node_rank: int) -> str:
     """Why a node is not let in."""
-    return f"node rank {node_rank} is taken; give every node its own --node-rank"
+    return (
+        f"node rank {node_rank} is taken; give every node its own --node-rank, or let this one wait"
+        " for the place of a lost one with --standby"
+    )
 
 
-def _stand_in(
-    store: Store,
-    port: int,
-    rendezvous: Rendezvous,
-    num_workers: int,
-    host: str,
-    listener: socket.socket,
-) -> Meeting:
-    """What a node needs to ask the leader whether it may take the place of a lost one.
+def _listen(store: TCPStore) -> tuple[str, socket.socket]:
+    # The address of this host that reaches the store is one that the others reach, too.
+    with socket.create_connection((store.host, store.port)) as probe:
+        host = probe.getsockname()[0]
+    return host, listen_tcp(host, BACKLOG)
 
-    Others that have done so listen elsewhere by now; the leader tells where.
-    """
-    own = rendezvous.node_rank
-    nodes: list[Member] = []
-    for node_rank in range(rendezvous.num_nodes):
-        known = json.loads(store.get(f"moetion/agent/{node_rank}"))
-        first = sum(node.num_workers for node in nodes)
-        nodes.append(Member(**{**known, "first_global_rank": first}))
-    if nodes[own].num_workers != num_workers:
-        raise MembershipError(
-            f"node {own} of the job has {nodes[own].num_workers} workers: give as many to the one"
-            " that takes its place"
-        )
-    # Copies stay where they are placed, so the label stays, too.
-    nodes[own] = replace(nodes[own], host=host, port=listener.getsockname()[1])
-    run_id = store.get("moetion/run").decode()
-    members = Members(tuple(nodes), own)
-    return Meeting(store, port, listener, members, run_id, stands_in=True)
+
+def _arrival(store: Store, port: int, listener: socket.socket, own: Member) -> Arrival:
+    leader = Member(**json.loads(store.get("moetion/agent/0")))
+    return Arrival(store, port, listener, store.get("moetion/run").decode(), leader, own)

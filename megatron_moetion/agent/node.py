@@ -10,14 +10,14 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import AuthenticationError
 
 from megatron_moetion.agent import supervision
 from megatron_moetion.agent.coldstart import mismatch, position_at
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
-from megatron_moetion.agent.fallback import FallBack
+from megatron_moetion.agent.fallback import FallBack, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
 from megatron_moetion.agent.items import (
     Damaged,
@@ -31,14 +31,17 @@ from megatron_moetion.agent.items import (
 )
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.leader import Leader, Unprotected
-from megatron_moetion.agent.membership import Member, MembershipError, taken
+from megatron_moetion.agent.membership import Member, MembershipError
 from megatron_moetion.agent.round import Round
+from megatron_moetion.agent.seating import Seating
 from megatron_moetion.agent.spares import Assignment, Spare
 from megatron_moetion.agent.spiller import Spiller, Written
+from megatron_moetion.agent.standby import LAPSED_CODE, Seat, take_seat
 from megatron_moetion.agent.supervision import Child
 from megatron_moetion.agent.watch import Watch
 from megatron_moetion.agent.wire import Channel, Message, listen_unix
 from megatron_moetion.events import EventLog
+from megatron_moetion.holdings import holdings
 from megatron_moetion.vault.entry import split_key
 from megatron_moetion.vault.spill import Record, Span
 from megatron_moetion.vault.store import VaultStore
@@ -55,7 +58,7 @@ class Node:
         store: this node's vault; None begins an empty one.
         record: of the spill in the store that the job goes on from; None starts afresh.
         ahead: a spare that was started before anything was known of the job.
-        stands_in: takes the place of a lost node, if the leader agrees.
+        seat: of one that takes the place of a lost node.
     """
 
     def __init__(
@@ -65,11 +68,12 @@ class Node:
         store: VaultStore | None = None,
         record: Record | None = None,
         ahead: Spare | None = None,
-        stands_in: bool = False,
+        seat: Seat | None = None,
     ) -> None:
         self._job = job
-        self._stands_in = stands_in
-        self._nodes = {node.node_rank: node for node in job.members.nodes}
+        self._seat, self._late = seat, seat is not None
+        self._seating: Seating | None = None
+        self._spilled = None if record is None else record.span.iteration
         self._ahead = ahead
         self._record = record
         self._own = job.members.own
@@ -89,9 +93,12 @@ class Node:
             job.fired,
             self._log,
             self._post,
+            job.lease,
         )
         self._counters = self._equipment.counters
-        self._desk = Desk(job.members, self._equipment, self._welcome, self._post)
+        beats = self._serve_beats if self._own.node_rank == 0 else None
+        wired = (self._equipment, self._welcome, self._post, job.lease, beats)
+        self._desk = Desk(job.members, *wired)
         self._identity: dict[str, str] = {}
         self._spiller = self._open_spiller()
         self._observer = Watch(
@@ -118,12 +125,15 @@ class Node:
         self._open()
         self._catch_signals()
         supervision.adopt_orphans()
+        self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
         try:
             self._keep_spare()
             self._begin()
             while self._code is None:
                 self._turn()
         finally:
+            if self._seat is not None:
+                self._seat.pulse.stop()
             self._equipment.replication.stop()
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
             durable = {str(r): i for r, i in self._equipment.replication.durable().items()}
@@ -136,10 +146,11 @@ class Node:
         while self._leader is None and not isinstance(self._items.get(), PeerGone):
             # Until its process is another, the store there is still that of the failed run.
             pass
-        return self._fall_back
+        rank = self._own.node_rank if self._late else None
+        return replace(self._fall_back, node_rank=rank)
 
     def _begin(self) -> None:
-        if self._stands_in:
+        if self._late:
             # The leader says when.
             return
         if self._record is None:
@@ -186,29 +197,55 @@ class Node:
                 can_begin_again=self._job.program is not None,
                 hang_factor=self._job.hang_factor,
             )
+            self._open_seating(self._leader)
             self._admit(self._listener)
             self._await_peers()
         else:
             self._admit(self._listener)
-            channel = self._connect_leader()
-            self._peers[0] = channel
-            threading.Thread(target=self._desk.follow, args=(0, channel), daemon=True).start()
+            seat = self._connect_leader() if self._seat is None else self._seat
+            self._seat, self._peers[0] = seat, seat.channel
+            seat.pulse.on_lapse(self._lapsed)
+            threading.Thread(target=self._desk.follow, args=[seat.channel], daemon=True).start()
         self._equipment.replication.start()
 
-    def _connect_leader(self) -> Channel:
-        leader = self._job.members.nodes[0]
-        try:
-            channel = Channel.to_peer(leader.host, leader.port, self._job.secret)
-            member = asdict(self._own) if self._stands_in else None
-            channel.send({"op": "control", "node_rank": self._own.node_rank, "member": member})
-        except AuthenticationError:
-            raise MembershipError(
-                "the leader has another MOETION_SECRET: set the same one on every node"
-            ) from None
-        except OSError as error:
-            where = f"{leader.host}:{leader.port}"
-            raise MembershipError(f"cannot reach the leader at {where}: {error}") from None
-        return channel
+    def _open_seating(self, leader: Leader) -> None:
+        job = self._job
+        who = (job.members, self._peers, leader, self._order, self._post, self._log)
+        self._seating = Seating(*who, job.lease, job.timeout, job.replaces_nodes)
+        self._seating.leases.start()
+        if len(job.members.nodes) > 1:
+            seconds = job.lease.total_seconds()
+            line = f"a node that is silent for {seconds:g} s counts as lost (--moetion-lease)"
+            print(f"moetion-run: {line}", file=sys.stderr)
+
+    def _serve_beats(self, channel: Channel, agent: str) -> None:
+        assert self._seating is not None
+        self._seating.leases.serve(channel, agent)
+
+    def _connect_leader(self) -> Seat:
+        first = {"op": "control", "node_rank": self._own.node_rank}
+        leader, job = self._job.members.nodes[0], self._job
+        return take_seat(leader, job.secret, job.lease, first, self._lapsed)
+
+    def _lapsed(self, stopped_for: float | None) -> None:
+        """The lease is over: this place may be another agent's. In any thread, before anything
+        else.
+        """
+        assert self._seat is not None
+        supervision.kill_now(tuple(self._children))
+        self._equipment.replication.stop()
+        lease = f"{self._seat.pulse.lease.total_seconds():g} s (--moetion-lease)"
+        if stopped_for is None:
+            way = way_on(self._spilled, self._job.protected)
+            line = f"nothing was heard of node 0, the leader, for {lease}: this node ends{way}"
+        else:
+            line = (
+                f"this agent was stopped for {stopped_for:.1f} s, longer than its lease of {lease}:"
+                " another node may have its place, and this one ends"
+            )
+        print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr, flush=True)
+        self._log.emit("lapsed", stopped_for=stopped_for)
+        os._exit(LAPSED_CODE)
 
     def _await_peers(self) -> None:
         """Every agent is connected before anything can fail."""
@@ -225,7 +262,10 @@ class Node:
         left = [self._observer.seconds_left()]
         if self._leader is not None:
             left.append(self._leader.seconds_left())
-        for key, _ in self._selector.select(min((s for s in left if s is not None), default=None)):
+        ready = self._selector.select(min((s for s in left if s is not None), default=None))
+        if self._seat is not None:
+            self._seat.pulse.check()
+        for key, _ in ready:
             key.data()
         while self._code is None and not self._items.empty():
             self._take(self._items.get())
@@ -294,41 +334,27 @@ class Node:
             case Replicated():
                 timing = {"nbytes": item.nbytes, "seconds": item.seconds}
                 self._desk.notify(item.global_rank, {"op": "replicated", **timing})
-            case PeerJoined(member=None):
-                self._peers[item.node_rank] = item.channel
-            case PeerJoined():
-                self._let_stand_in(item)
-            case FromPeer() if self._leader is not None:
-                self._leader.take(item.node_rank, item.message)
+            case PeerJoined() if self._seating is not None:
+                self._seating.joined(item)
             case FromPeer():
-                self._obey(item.message)
-            case PeerGone() if self._peers.get(item.node_rank) is not item.channel:
-                # Known already, or never let in.
-                pass
-            case PeerGone() if self._leader is not None:
-                del self._peers[item.node_rank]
-                self._leader.take(item.node_rank, {"op": "lost", "why": item.why})
-            case PeerGone():
-                line = f"moetion-run: node {self._own.node_rank}: the leader is gone ({item.why})"
-                print(line, file=sys.stderr)
+                self._hear(item)
+            case PeerGone() if self._seating is not None:
+                self._seating.gone(item)
+            case PeerGone() if self._peers.get(0) is item.channel:
+                way = way_on(self._spilled, self._job.protected)
+                line = f"the leader, node 0, is gone ({item.why}): this node ends{way}"
+                print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr)
                 self._end("the leader is gone", 1)
 
-    def _let_stand_in(self, item: PeerJoined) -> None:
-        """An agent asks the leader for the place of a lost one."""
-        assert item.member is not None
-        if self._leader is None or item.node_rank in self._peers:
-            with contextlib.suppress(OSError):
-                item.channel.send({"op": "refused", "reason": taken(item.node_rank)})
+    def _hear(self, item: FromPeer) -> None:
+        if self._leader is None or self._seating is None:
+            self._obey(item.message)
             return
-        self._peers[item.node_rank] = item.channel
-        self._nodes[item.node_rank] = Member(**item.member)
-        nodes = [asdict(node) for node in self._nodes.values()]
-        # It hears of all who have moved before, the others of it.
-        self._send(item.node_rank, {"op": "moved", "nodes": nodes})
-        for node_rank in [n for n in self._peers if n != item.node_rank]:
-            self._send(node_rank, {"op": "moved", "nodes": [item.member]})
-        self._moved([item.member])
-        self._leader.take(item.node_rank, {"op": "joined"})
+        node_rank = self._seating.place_of(item.channel)
+        if node_rank is None:
+            self._counters.add("messages of agents that had lost their place")
+        else:
+            self._leader.take(node_rank, item.message)
 
     def _moved(self, nodes: list[Message]) -> None:
         """Agents that have taken the place of lost ones, and where they listen."""
@@ -336,11 +362,15 @@ class Node:
             if member.node_rank == self._own.node_rank:
                 continue
             self._equipment.peers.moved(member)
-            try:
-                self._equipment.replication.moved(member)
-            except (OSError, EOFError, AuthenticationError) as error:
-                # It is gone again, and that is about to be seen.
-                self._log.emit("not-moved", node_rank=member.node_rank, why=str(error))
+            # It may be slow to answer, or silent.
+            threading.Thread(target=self._copy_to, args=[member], daemon=True).start()
+
+    def _copy_to(self, member: Member) -> None:
+        try:
+            self._equipment.replication.moved(member)
+        except (OSError, EOFError, AuthenticationError) as error:
+            # It is gone again, and that is about to be seen.
+            self._log.emit("not-moved", node_rank=member.node_rank, why=str(error))
 
     def _pass_on(self, global_rank: int, message: Message) -> None:
         self._report({"op": "said", "global_rank": global_rank, "message": message})
@@ -373,7 +403,7 @@ class Node:
             channel.send(message)
         except OSError as error:
             # Not handled here, in the middle of something: it arrives as an item like any other.
-            self._post(PeerGone(node_rank, str(error), channel))
+            self._post(PeerGone(str(error), channel))
 
     def _obey(self, order: Message) -> None:
         match order["op"]:
@@ -385,11 +415,15 @@ class Node:
             case "refused":
                 print(f"moetion-run: error: {order['reason']}", file=sys.stderr)
                 self._end(order["reason"], 1)
+            case "evicted":
+                self._equipment.evicted(order["node_rank"], order["tenure"])
             case "moved":
                 self._moved(order["nodes"])
             case "spill" if self._spiller is not None:
                 self._spiller.write(Span(**order["span"]), self._identity)
             case "settle" if self._spiller is not None:
+                if order["valid"]:
+                    self._spilled = order["span"]["iteration"]
                 self._spiller.settle(Span(**order["span"]), order["valid"])
             case "release":
                 self._release(Span(**order["span"]))
@@ -401,6 +435,8 @@ class Node:
                 self._kill(order["global_rank"])
             case "end":
                 self._fall_back = order["fall_back"] and FallBack(*order["fall_back"])
+                if self._seating is not None:
+                    self._seating.dismiss(order)
                 self._end(order["reason"], order["code"])
 
     def _notify(self, global_ranks: list[int], message: Message) -> None:
@@ -409,6 +445,7 @@ class Node:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
             self._keep_spare()
+            self._log.emit("holds", epoch=message["epoch"], **holdings())
 
     def _report_damage(self, item: Damaged) -> None:
         where = {"global_rank": item.global_rank, "key": item.key, "copy": item.copy}

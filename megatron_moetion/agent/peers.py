@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from multiprocessing import AuthenticationError
 from typing import Any
 
+from megatron_moetion.agent.lease import bulk
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.agent.wire import Channel, Message
 
@@ -16,19 +18,28 @@ class Peers:
     Args:
         members: all nodes.
         secret: the job's.
+        lease: of every agent.
     """
 
-    def __init__(self, members: Members, secret: bytes) -> None:
+    def __init__(self, members: Members, secret: bytes, lease: timedelta | None = None) -> None:
         self._nodes = {member.node_rank: member for member in members.nodes}
         self._secret = secret
         self._locks = {member.node_rank: threading.Lock() for member in members.nodes}
         self._channels: dict[int, Channel] = {}
+        self._silence = bulk(lease)
 
     def moved(self, member: Member) -> None:
         """Another agent has taken the place of a lost one."""
         with self._locks[member.node_rank]:
             self._nodes[member.node_rank] = member
             self._forget(member.node_rank)
+
+    def cut(self, node_rank: int) -> None:
+        """An agent is lost: whoever waits for it here need not any more."""
+        # Without the lock, which such a waiter holds.
+        channel = self._channels.get(node_rank)
+        if channel is not None:
+            channel.cut()
 
     def fetch(
         self, node_rank: int, global_rank: int, key: str, worker: Channel, request_id: int
@@ -94,7 +105,7 @@ class Peers:
     def _channel(self, node_rank: int) -> Channel:
         if node_rank not in self._channels:
             member = self._nodes[node_rank]
-            channel = Channel.to_peer(member.host, member.port, self._secret)
+            channel = Channel.to_peer(member.host, member.port, self._secret, self._silence)
             channel.send({"op": "vault"})
             self._channels[node_rank] = channel
         return self._channels[node_rank]

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from multiprocessing import AuthenticationError
 from typing import Any
 
 from megatron_moetion.agent.backlog import Backlog, Dropped, Forgotten, Item, Sealed
 from megatron_moetion.agent.counters import Counters
+from megatron_moetion.agent.lease import bulk
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.agent.wire import Channel, send_file_region, write_all
 from megatron_moetion.events import EventLog
@@ -82,6 +84,7 @@ class Replication:
         faults: scripted damage of the owner's own copy.
         quarantined: told when a frame turns out to be damaged before it is sent.
         timed: told of every frame that has become durable.
+        lease: of every agent.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Replication:
         faults: Scripted,
         quarantined: Quarantined,
         timed: Timed,
+        lease: timedelta | None = None,
     ) -> None:
         self._store, self._counters, self._log = store, counters, log
         self._faults, self._quarantined, self._timed = faults, quarantined, timed
@@ -113,7 +117,11 @@ class Replication:
 
         def streams_to(holder: Member) -> list[_Stream]:
             copy = 1 + self._holders.index(holder.node_rank)
-            return [_Stream(self, members, holder, copy, secret) for _ in range(num_streams + 1)]
+            silence = bulk(lease)
+            return [
+                _Stream(self, members, holder, copy, secret, silence)
+                for _ in range(num_streams + 1)
+            ]
 
         self._streams_to = streams_to
         self._streams = [streams_to(members.nodes[node]) for node in self._holders]
@@ -133,16 +141,22 @@ class Replication:
         if holder.node_rank not in self._holders:
             return
         place, streams = self._holders.index(holder.node_rank), self._streams_to(holder)
-        if self._claims is not None:
-            streams[0].announce(self._claims)
         lost, self._streams[place] = self._streams[place], streams
         for stream in lost:
-            stream.backlog.close()
+            stream.cut()
         for global_rank in self._ranks:
             for entry in self._held_by_owner(global_rank):
                 item = Sealed(global_rank, entry)
                 self._stream_of(streams, item).backlog.put(item)
+        if self._claims is not None:
+            streams[0].announce(self._claims)
         _start(streams)
+
+    def cut(self, node_rank: int) -> None:
+        """An agent is lost: nothing waits for it any more."""
+        if node_rank in self._holders:
+            for stream in self._streams[self._holders.index(node_rank)]:
+                stream.cut()
 
     def stop(self) -> None:
         """The job ends: what is not copied now is no news."""
@@ -324,10 +338,16 @@ class _Stream:
     """One connection to one holder, and the thread that writes to it."""
 
     def __init__(
-        self, owner: Replication, members: Members, holder: Member, copy: int, secret: bytes
+        self,
+        owner: Replication,
+        members: Members,
+        holder: Member,
+        copy: int,
+        secret: bytes,
+        silence: timedelta | None,
     ) -> None:
         self._owner, self._copy, self._secret = owner, copy, secret
-        self._own_node, self._holder = members.own_node_rank, holder
+        self._own, self._holder, self._silence = members.own, holder, silence
         self._channel: Channel | None = None
         self._lock = threading.Lock()
         self.backlog = Backlog()
@@ -356,6 +376,15 @@ class _Stream:
             channel.send(told, lambda fd: write_all(fd, nothing))
             channel.receive()
 
+    def cut(self) -> None:
+        """The holder is lost; called while another thread may be waiting for it."""
+        for item in self.backlog.close():
+            if isinstance(item, Sealed):
+                self._owner.skip(item, 1, "its holder is gone")
+        # Without the lock, which such a waiter holds.
+        if self._channel is not None:
+            self._channel.cut()
+
     def run(self) -> None:
         """Tell the holder everything, in order, until it is gone."""
         item: Item | None = None
@@ -371,8 +400,10 @@ class _Stream:
 
     def _connected(self) -> Channel:
         if self._channel is None:
-            self._channel = Channel.to_peer(self._holder.host, self._holder.port, self._secret)
-            self._channel.send({"op": "copies", "node_rank": self._own_node})
+            where = (self._holder.host, self._holder.port)
+            self._channel = Channel.to_peer(*where, self._secret, self._silence)
+            own = {"node_rank": self._own.node_rank, "tenure": self._own.tenure}
+            self._channel.send({"op": "copies", **own})
         return self._channel
 
     def _tell(self, channel: Channel, item: Item) -> None:

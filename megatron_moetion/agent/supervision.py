@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import selectors
@@ -95,6 +96,22 @@ def reap(child: Child) -> int:
     child.reaped = True
     os.close(child.pidfd)
     return shell_code(os.waitstatus_to_exitcode(status))
+
+
+def kill_now(children: Sequence[Child], grace: timedelta = GRACE) -> None:
+    """SIGKILL everybody and what they started, and see them end, for at most `grace`.
+
+    For a process that is about to end by itself; any thread may call it while another one reaps.
+    """
+    deadline = time.monotonic() + grace.total_seconds()
+    for child in children:
+        with contextlib.suppress(OSError):
+            child.kill(signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(OSError, ValueError), selectors.DefaultSelector() as selector:
+            selector.register(child.pidfd, selectors.EVENT_READ)
+            selector.select(max(0.0, deadline - time.monotonic()))
+            os.waitpid(child.pid, os.WNOHANG)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -27,6 +28,8 @@ PUMP_BYTES = 4 << 20
 NONCE_BYTES = 16
 KNOCK_BYTES = NONCE_BYTES + hashlib.sha256().digest_size
 """What a connection begins with: a stranger is told by it before it costs a thread."""
+PROBES = 4
+"""Of an idle connection, spread over the time that its other end may be silent for."""
 
 
 def unix_address(name: str) -> str:
@@ -82,9 +85,24 @@ class Channel:
         return cls._greeted(Client(unix_address(name), family="AF_UNIX"), secret)
 
     @classmethod
-    def to_peer(cls, host: str, port: int, secret: bytes) -> Channel:
-        """Connect to the agent of another node."""
-        return cls._greeted(Client((host, port), family="AF_INET"), secret)
+    def to_peer(
+        cls, host: str, port: int, secret: bytes, silence: timedelta | None = None
+    ) -> Channel:
+        """Connect to the agent of another node.
+
+        Args:
+            silence: how long the greeting may take, and see `end_when_silent`; None has no limit.
+        """
+        seconds = None if silence is None else silence.total_seconds()
+        with socket.create_connection((host, port), seconds) as connected:
+            connected.setblocking(True)
+            connection = Connection(connected.detach())
+        set_patience(connection, silence)
+        channel = cls._greeted(connection, secret)
+        channel.limit(None)
+        if silence is not None:
+            channel.end_when_silent(silence)
+        return channel
 
     @classmethod
     def _greeted(cls, connection: Connection, secret: bytes) -> Channel:
@@ -158,6 +176,26 @@ class Channel:
         """
         with self._twin() as twin:
             twin.shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection at once, for both sides and for whoever waits in it here."""
+        # It may be closed already, or its other end gone.
+        with contextlib.suppress(OSError), self._twin() as twin:
+            twin.shutdown(socket.SHUT_RDWR)
+
+    def end_when_silent(self, silence: timedelta) -> None:
+        """Have the kernel end this TCP connection when the other host acknowledges nothing, or
+        takes in nothing of what waits for it, for so long: one that is gone without a word must not
+        hold up a sender for ever. What is idle is probed.
+        """
+        between_probes = max(1, round(silence.total_seconds() / PROBES))
+        with self._twin() as twin:
+            twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, between_probes)
+            twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between_probes)
+            twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+            milliseconds = round(silence.total_seconds() * 1000)
+            twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def limit(self, patience: timedelta | None) -> None:
         """End reads and writes that take longer with an OSError; None lets them wait for ever."""

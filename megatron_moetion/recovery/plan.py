@@ -424,5 +424,5 @@ def entered(facts: Facts, global_rank: int, by_shard: bool = False) -> Position:
         return known
     at = make_shard_plan(facts).committed if by_shard else facts.committed
     if not by_shard and all(at in facts.starts.get(rank, ()) for rank in facts.lost):
-        return Position(at, Progress.STEPPING, at, at - 1)
-    return Position(at + 1, Progress.BEFORE_COMMIT, at, at)
+        return Position(at, Progress.STEPPING, at, at - 1, ended=(at, 0))
+    return Position(at + 1, Progress.BEFORE_COMMIT, at, at, ended=(at + 1, 0))

@@ -3,25 +3,28 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .harness import ROOT, TORCHRUN, Run, Runner, once
 
-LONGEST = 179
+LONGEST = 115
 """Iterations of the longest run; the reference that others are compared with has as many."""
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     base = tmp_path_factory.getbasetemp()
     # A worker of pytest-xdist has a folder of its own in that of the session.
     scratch = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "equivalence"
     scratch.mkdir(exist_ok=True)
     prefix = scratch / "stdlib"
     once(scratch / "stdlib.made", lambda: _make_corpus(prefix))
-    return Runner(scratch, str(prefix))
+    runs = Runner(scratch, str(prefix))
+    yield runs
+    runs.close()
 
 
 def _make_corpus(prefix: Path) -> int:

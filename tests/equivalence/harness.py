@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -21,10 +21,14 @@ from launch.demo.model_args import model_args
 from megatron_moetion import digest, events
 from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
+from .nursery import ROOT, Launcher, Nursery
+
 PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
-TORCHRUN = "torch.distributed.run"
+AGENT, TORCHRUN = "megatron_moetion.agent", "torch.distributed.run"
+Starter = Callable[
+    [Sequence[str], Mapping[str, str], IO[str]], "Launcher | subprocess.Popen[bytes]"
+]
 CUTS = ("stage", "shard")
 LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
@@ -91,6 +95,19 @@ class Runner:
 
     def __init__(self, scratch: Path, data_prefix: str) -> None:
         self.scratch, self._data_prefix = scratch, data_prefix
+        self._nursery: Nursery | None = None
+
+    def close(self) -> None:
+        """Nothing is run afterwards."""
+        if self._nursery is not None:
+            self._nursery.close()
+
+    def _starter(self, launcher: str, afresh: bool) -> Starter:
+        if afresh or launcher != AGENT:
+            return _start_afresh
+        if self._nursery is None:
+            self._nursery = Nursery(_environment({}))
+        return self._nursery.start
 
     def run(
         self,
@@ -99,7 +116,7 @@ class Runner:
         iterations: int,
         flags: Sequence[str] = (),
         variant: str = "demo",
-        launcher: str = "megatron_moetion.agent",
+        launcher: str = AGENT,
         launcher_flags: Sequence[str] = (),
         script: Path = PRETRAIN,
         env: Mapping[str, str] | None = None,
@@ -111,6 +128,8 @@ class Runner:
         meddle: Callable[[Path], None] | None = None,
         port: int | None = None,
         restarts: bool = False,
+        afresh: bool = False,
+        limit_seconds: float | None = LIMIT_SECONDS,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
@@ -120,6 +139,8 @@ class Runner:
             meddle: called with the run's directory in a thread of its own while the run goes on.
             port: of the job's store, for whoever meddles with it.
             restarts: an agent that is killed (`kill_agent`) is started again, as a scheduler would.
+            limit_seconds: after which a run is killed; None never kills it.
+            afresh: everything is started and ends as for a user, not from the nursery.
         """
         directory = self.scratch / name
         words = model_args(
@@ -140,7 +161,15 @@ class Runner:
         code = once(
             self.scratch / f"{name}.code",
             lambda: _train(
-                launcher, agents, program, environments, directory, meddle, port, restarts
+                self._starter(launcher, afresh),
+                _command(launcher, len(agents), port),
+                agents,
+                program,
+                environments,
+                directory,
+                meddle,
+                restarts,
+                limit_seconds,
             ),
         )
         return Run(directory, int(code), (directory / "log").read_text())
@@ -155,15 +184,36 @@ def domain(node: int) -> dict[str, str]:
     return {"MOETION_FAILURE_DOMAIN": f"rack-{node}"}
 
 
+def _start_afresh(
+    command: Sequence[str], env: Mapping[str, str], out: IO[str]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env,
+        stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def _command(launcher: str, num_nodes: int, port: int | None) -> list[str]:
+    """What the command lines of all launchers begin with."""
+    command = [sys.executable, "-W", "ignore", "-m", launcher]
+    if num_nodes > 1:
+        command += ["--nnodes", str(num_nodes), "--master-addr", "127.0.0.1"]
+    if num_nodes > 1 or launcher == TORCHRUN:
+        # By itself torchrun takes the same port for every job.
+        command += ["--master-port", str(port or free_port())]
+    return command
+
+
 def _train(
-    launcher: str,
+    starter: Starter,
+    command: list[str],
     agents: Sequence[int],
     program: list[str],
     environments: Sequence[dict[str, str]],
     directory: Path,
     meddle: Callable[[Path], None] | None,
-    port: int | None,
     restarts: bool,
+    limit_seconds: float | None,
 ) -> int:
     """Runs the launchers and whoever meddles; the exit code."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +221,8 @@ def _train(
     meddling = threading.Thread(target=meddle, args=(directory,)) if meddle else None
     if meddling is not None:
         meddling.start()
-    code = _launch(launcher, agents, program, environments, directory, port, restarts)
+    launched = (starter, command, agents, program, environments, directory)
+    code = _launch(*launched, restarts, limit_seconds)
     if meddling is not None:
         for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
             with file.open("a") as log:
@@ -181,46 +232,38 @@ def _train(
 
 
 def _launch(
-    launcher: str,
+    starter: Starter,
+    command: list[str],
     agents: Sequence[int],
     program: list[str],
     environments: Sequence[dict[str, str]],
     directory: Path,
-    port: int | None,
     restarts: bool,
+    limit_seconds: float | None,
 ) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
     or 0.
 
     Args:
+        command: what each command line begins with.
         agents: workers by node.
         environments: by node.
     """
-    command = [sys.executable, "-W", "ignore", "-m", launcher]
-    shared = {}
-    if len(agents) > 1:
-        shared["MOETION_SECRET"] = secrets.token_hex(16)
-        command += ["--nnodes", str(len(agents)), "--master-addr", "127.0.0.1"]
-    if len(agents) > 1 or launcher == TORCHRUN:
-        # By itself torchrun takes the same port for every job.
-        command += ["--master-port", str(port or free_port())]
+    shared = {"MOETION_SECRET": secrets.token_hex(16)} if len(agents) > 1 else {}
     commands = [
         [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
         for node, count in enumerate(agents)
     ]
     with (directory / "log").open("w") as out:
 
-        def start(node: int) -> subprocess.Popen[bytes]:
-            started = subprocess.Popen(
-                commands[node], cwd=ROOT, env={**environments[node], **shared},
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        def start(node: int) -> Launcher | subprocess.Popen[bytes]:
+            started = starter(commands[node], {**environments[node], **shared}, out)
             (directory / f"launcher-{node}.pid").write_text(str(started.pid))
             return started
 
         def end(node: int) -> int:
             while True:
-                code = launchers[node].wait(timeout=LIMIT_SECONDS)
+                code = launchers[node].wait(timeout=limit_seconds)
                 if not restarts or code != -signal.SIGKILL:
                     return code
                 launchers[node] = start(node)

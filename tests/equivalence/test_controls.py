@@ -3,6 +3,8 @@
 import pytest
 
 from .harness import SABOTAGED, Run, Runner, first_difference, kills
+from .test_variants import ITERATIONS as LONGER
+from .test_variants import VARIANTS as MODELS
 
 ITERATIONS = 9
 VARIANTS = {"lost_buffer": "sigmoid"}
@@ -25,7 +27,9 @@ def _sabotaged(runner: Runner, name: str, sabotage: str, variant: str = "demo") 
 def test_a_wrong_replay_is_seen_by_the_digests(runner: Runner, off: Run, sabotage: str) -> None:
     variant = VARIANTS.get(sabotage, "demo")
     if variant != "demo":
-        off = runner.off(f"control-{variant}", iterations=ITERATIONS, variant=variant)
+        assert MODELS["router-bias"] == {"variant": variant}
+        # It is that of another test, too.
+        off = runner.off("router-bias-off", iterations=LONGER, variant=variant)
         assert off.code == 0, off.tail()
     run = _sabotaged(runner, f"control-{sabotage}", f"{sabotage},no_check", variant)
     assert run.events("fault"), "the fault never fired"

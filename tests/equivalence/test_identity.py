@@ -3,7 +3,7 @@ lines.
 
 PP2 x EP2 on four processes: ranks 0 and 1 are stage 0, ranks 2 and 3 the last stage. Four
 microbatches per iteration, fresh data, gradient clipping, warm-up and decay. Many failures share a
-run, eleven iterations apart.
+run, seven iterations apart, so that windows of four are hit at each of their frames.
 """
 
 import pytest
@@ -20,7 +20,7 @@ PLACES = (
     "capture",
     "end",
 )
-APART = 11
+APART = 7
 BOTH_STAGES = 2 * len(PLACES) * APART + 3
 ONE_EACH = len(PLACES) * APART + 3
 SPLIT = ["--moetion-window", "3", "--moetion-split", "16"]
@@ -64,7 +64,8 @@ def _check_recoveries(
 
 
 def test_capture_and_logging_change_nothing(runner: Runner, off: Run) -> None:
-    on = runner.run("on", iterations=40, flags=["--moetion", "--moetion-cut", "auto"])
+    flags = ["--moetion", "--moetion-cut", "auto"]
+    on = runner.run("on", iterations=40, flags=flags, afresh=True)
     assert on.code == 0, on.tail()
     # All have come to the same, and say so.
     (cut,) = {e["cut"] for e in on.events("cut")}
@@ -85,7 +86,7 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
     flags = ["--moetion", "--moetion-window", str(window), "--moetion-window-policy", policy]
     # A new order of experts would have a failure in a rolling window replay one iteration more.
     flags += ["--moetion-popularity", "none" if policy == "rolling" else "hard-count"]
-    run = runner.run(policy, iterations=last, flags=[*flags, *kills(*failures)])
+    run = runner.run(policy, iterations=last, flags=[*flags, *kills(*failures)], afresh=everywhere)
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, last)
     assert_within_claim(run)

@@ -28,7 +28,8 @@ def test_a_worker_on_either_node_is_rebuilt(runner: Runner, off: Run, cut: str) 
             kept.extend(attack(agents_port(port, node, LIMIT_SECONDS)))
 
     name = f"nodes-{cut}"
-    run = runner.run(name, iterations=ITERATIONS, nodes=2, flags=flags, meddle=connect, port=port)
+    options = {"nodes": 2, "meddle": connect, "port": port, "afresh": cut == "stage"}
+    run = runner.run(name, iterations=ITERATIONS, flags=flags, **options)
     for stranger in kept:
         stranger.close()
     assert run.code == 0, run.tail()

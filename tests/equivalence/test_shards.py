@@ -26,7 +26,8 @@ UPDATED_BEFORE = ("optimizer", "param-gather", "capture")
 @pytest.fixture(scope="module")
 def killed(runner: Runner) -> Run:
     """Kills at every place on both stages."""
-    run = runner.run("shards", iterations=BOTH_STAGES, flags=[*SHARD, *kills(*_everywhere())])
+    flags = [*SHARD, *kills(*_everywhere())]
+    run = runner.run("shards", iterations=BOTH_STAGES, flags=flags, afresh=True)
     assert run.code == 0, run.tail()
     return run
 

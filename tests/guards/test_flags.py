@@ -26,6 +26,7 @@ FLAGS = {
     "--moetion-spill-interval": "N",
     "--moetion-export": "DIR",
     "--moetion-timeout": "SECONDS",
+    "--moetion-lease": "SECONDS",
 }
 README = ROOT / "README.md"
 

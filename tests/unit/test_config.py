@@ -31,6 +31,7 @@ FLAGS = [
     "--moetion-spill-interval",
     "--moetion-export",
     "--moetion-timeout",
+    "--moetion-lease",
 ]
 """Frozen: a flag is a promise to users."""
 

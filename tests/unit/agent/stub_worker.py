@@ -14,6 +14,7 @@ import argparse
 import os
 import queue
 import signal
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -51,34 +52,43 @@ class Worker:
             **{key: value for key, value in self.welcome.items() if key not in ("op", "id")},
         )
         self.vault = agent_vault(link, RANK)
+        self.epoch = self.welcome["epoch"]
         self.store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=timedelta(seconds=60),
         )
-        if not self.replacement:
+        if not self.welcome["claimed"]:
             claim = Claim(Need(0, 16 << 20, 0), {}).to_json()
             link.request({"op": "claim", "limit": None, "lag": 1, **claim})
         self.progress = Progress(self.welcome["progress"])
-        self.epoch = self.welcome["epoch"]
         self.iteration = 0
         link.listen(self.hear)
 
     def hear(self, notice: dict) -> None:
         # How fast copying is, this worker does not care.
-        if notice["op"] != "replicated":
+        if notice["op"] not in ("replicated", "release"):
             self.notices.put(notice)
 
     def frame(self, rank: int, iteration: int) -> torch.Tensor:
         return torch.full((FRAME_BYTES,), (rank * 16 + iteration) % 251, dtype=torch.uint8)
 
     def save(self) -> None:
-        self.vault.put(
-            f"frame/{self.iteration}/all", self.frame(RANK, self.iteration), {"i": self.iteration}
-        )
+        self.vault.put(f"frame/{self.iteration}/all", self.frame(RANK, self.iteration), self.meta())
+        spill_at = self.args.spill_at
+        if spill_at is not None:
+            # What a spill has of each iteration besides the frame.
+            for kind in ("header", "result"):
+                self.vault.put(f"{kind}/{self.iteration}/x", torch.zeros(8, dtype=torch.uint8), {})
+            if self.iteration == spill_at + 1:
+                span = {"base": spill_at - 1, "iteration": spill_at}
+                self.link.send({"op": "window", "span": span, "kept": True})
         self.vault.drop(self.iteration - 2)
         self.link.send({"op": "position", "position": self.position()})
+
+    def meta(self) -> dict:
+        return {"i": self.iteration, "epoch": self.epoch}
 
     def position(self) -> dict:
         return {"iteration": self.iteration, "committed": self.iteration}
@@ -101,6 +111,13 @@ class Worker:
 
     def reach(self, iteration: int) -> bool:
         """Wait for all ranks at an iteration; False when a notice came instead."""
+        if self.args.pace:
+            try:
+                self.notice(self.notices.get(timeout=self.args.pace))
+            except queue.Empty:
+                pass
+            else:
+                return False
         key = f"epoch{self.epoch}/iteration{iteration}"
         self.store.add(key, 1)
         self.progress.waits(1)
@@ -170,16 +187,18 @@ class Worker:
         if RANK in message["dead"]:
             newest = max(int(entry["key"].split("/")[1]) for entry in message["frames"][str(RANK)])
             fetched = self.vault.fetch(RANK, f"frame/{newest}/all")
-            assert fetched is not None
+            assert fetched is not None, (newest, message["frames"])
             assert torch.equal(fetched.data, self.frame(RANK, newest))
             self.iteration = committed
             self.save()
             self.log.emit("restored", base=newest, committed=committed)
-        for rank in range(WORLD_SIZE):
+        # A rank of a node that was lost drops what the copies hold as soon as it has its own.
+        lost = message["dead"] if self.args.moetion_cut == "shard" else []
+        for rank in [rank for rank in range(WORLD_SIZE) if rank not in lost]:
             other = message["frames"][str(rank)][-1]
             fetched = self.vault.fetch(rank, other["key"])
             iteration = other["meta"]["i"]
-            assert fetched is not None
+            assert fetched is not None, (rank, other)
             assert torch.equal(fetched.data, self.frame(rank, iteration)), (rank, other)
             listed = [entry.key for entry in self.vault.inventory(rank, "frame/")]
             assert other["key"] in listed
@@ -191,12 +210,24 @@ def main() -> None:
     parser.add_argument("--moetion", action="store_true")
     parser.add_argument("--moetion-dir", type=Path)
     parser.add_argument("--moetion-timeout", type=float)
+    parser.add_argument("--moetion-lease", type=float)
+    parser.add_argument("--moetion-cut")
+    parser.add_argument("--moetion-spill-interval")
+    parser.add_argument("--spill-at", type=int, help="offer a window that ends there")
+    parser.add_argument("--leave-behind", action="store_true", help="a process of its own session")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds for each iteration")
+    parser.add_argument("--ignore-sigterm", action="store_true")
     parser.add_argument("--moetion-replicas", default="auto")
     parser.add_argument("--moetion-hang-factor", type=float)
     parser.add_argument("--moetion-max-retries", type=int)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--die", action="append", default=[])
     args = parser.parse_args()
+    if args.leave_behind:
+        sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        (args.moetion_dir.parent / f"left-{RANK}").write_text(str(sleeper.pid))
+    if args.ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = AgentLink.connect()
     assert link is not None
     try:

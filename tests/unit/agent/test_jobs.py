@@ -5,73 +5,23 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_moetion.agent.gate import MAX_WAITING
-from megatron_moetion.events import read
 from tests.ports import free_port
 from tests.strangers import agents_port, attack
-from tests.waiting import readable
+from tests.stub_jobs import (
+    LIMIT_SECONDS,
+    assert_trained_to_the_end,
+    finish,
+    gone,
+    launch,
+    protected,
+)
 
 pytestmark = pytest.mark.multirank
-
-STUB = str(Path(__file__).with_name("stub_worker.py"))
-LIMIT_SECONDS = 240
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job left."""
-
-    codes: list[int]
-    errors: str
-    events: list[dict[str, Any]]
-
-    def of(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
-        return [
-            event
-            for event in self.events
-            if event["kind"] == kind and fields.items() <= event.items()
-        ]
-
-
-def launch(argv: list[str], *script: str, stub: bool = True, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_moetion.agent", *argv, *([STUB] * stub), *script],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": "1",
-            "MOETION_PREIMPORT": "torch",
-            **env,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(processes: list[subprocess.Popen[str]], directory: Path) -> Outcome:
-    outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
-    codes = [process.returncode for process in processes]
-    return Outcome(codes, "".join(errors for _, errors in outputs), read(directory))
-
-
-def protected(directory: Path, *deaths: str, iterations: int = 10) -> list[str]:
-    script = ["--moetion", "--moetion-dir", str(directory), "--iterations", str(iterations)]
-    return script + [word for death in deaths for word in ("--die", death)]
-
-
-def assert_trained_to_the_end(outcome: Outcome, world_size: int, iterations: int = 10) -> None:
-    assert outcome.codes == [0] * len(outcome.codes), outcome.errors
-    finished = outcome.of("finished", iteration=iterations)
-    assert sorted(event["who"] for event in finished) == [f"rank-{r}" for r in range(world_size)]
 
 
 def test_a_killed_worker_is_replaced_and_the_survivors_live_on(tmp_path: Path) -> None:
@@ -304,15 +254,3 @@ def test_the_end_of_one_agent_ends_the_others_with_one_line() -> None:
     other.communicate(timeout=LIMIT_SECONDS)
     assert leader.returncode == 1
     assert "moetion-run: ending the job: the agent of node 1 is gone" in errors
-
-
-def gone(pid: int) -> bool:
-    """Whether a process that is not ours has ended, or does so in a moment."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return readable(pidfd, 10)
-    finally:
-        os.close(pidfd)

@@ -10,7 +10,16 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_moetion.agent.membership import Member, MembershipError, Rendezvous, meet
+from megatron_moetion.agent.membership import (
+    ANY_PLACE,
+    Arrival,
+    Meeting,
+    Member,
+    MembershipError,
+    Rendezvous,
+    arrive,
+    meet,
+)
 from tests.ports import free_port
 
 TIMEOUT = timedelta(seconds=20)
@@ -48,22 +57,39 @@ def test_a_node_that_does_not_appear_is_named() -> None:
         meet(rendezvous(free_port(), timeout=timedelta(seconds=0.2)), 1)
 
 
-def test_who_comes_when_the_job_is_going_on_asks_for_a_place_and_keeps_its_label() -> None:
-    port = free_port()
+def meet_all(port: int) -> list[Meeting]:
     with ThreadPoolExecutor(2) as nodes:
         meetings = list(nodes.map(lambda rank: meet(rendezvous(port, rank), 2 + rank), (0, 1)))
-    assert not any(meeting.stands_in for meeting in meetings)
-    late = meet(replace(rendezvous(port, 1), domain="elsewhere"), 3)
-    assert late.stands_in
-    assert late.run_id == meetings[0].run_id
-    assert late.members.nodes[0] == meetings[0].members.nodes[0]
-    own = late.members.own
-    assert own.port == late.listener.getsockname()[1] != meetings[1].members.own.port
-    assert replace(own, port=0) == replace(meetings[1].members.own, port=0)
-    with pytest.raises(MembershipError, match="node 1 of the job has 3 workers"):
-        meet(rendezvous(port, 1), 2)
-    for meeting in (*meetings, late):
+    assert all(isinstance(meeting, Meeting) for meeting in meetings)
+    return [meeting for meeting in meetings if isinstance(meeting, Meeting)]
+
+
+def test_who_comes_when_the_job_is_going_on_learns_where_the_leader_is() -> None:
+    port = free_port()
+    meetings = meet_all(port)
+    # One for the place of a lost node, one for any.
+    arrivals = [meet(rendezvous(port, 1), 3), arrive(rendezvous(port, ANY_PLACE), 3)]
+    for arrival, wanted in zip(arrivals, (1, ANY_PLACE), strict=True):
+        assert isinstance(arrival, Arrival)
+        assert arrival.run_id == meetings[0].run_id
+        assert arrival.leader == replace(meetings[0].members.nodes[0], first_global_rank=0)
+        own = Member(wanted, "127.0.0.1", arrival.listener.getsockname()[1], 3)
+        assert arrival.own == own
+    for meeting in (*meetings, *arrivals):
         meeting.listener.close()
+
+
+def test_a_standby_waits_for_the_job_to_begin_and_not_for_ever() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as standing_by:
+        early = standing_by.submit(arrive, rendezvous(port, ANY_PLACE), 3)
+        meetings = meet_all(port)
+        assert early.result().run_id == meetings[0].run_id
+    for meeting in (*meetings, early.result()):
+        meeting.listener.close()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(MembershipError, match=r"the job did not begin within 0\.2 s"):
+        arrive(rendezvous(store.port, ANY_PLACE, timedelta(seconds=0.2)), 3)
 
 
 def test_a_node_rank_that_is_given_twice_at_the_start_is_refused() -> None:

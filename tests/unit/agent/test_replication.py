@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from megatron_moetion.events import read
 from megatron_moetion.faults import Fault, parse
 from megatron_moetion.vault import CorruptEntry, Vault
 from megatron_moetion.vault.arena import Chunk, map_shared
+from megatron_moetion.vault.entry import seal
 from megatron_moetion.vault.shelf import StoreShelf
 from tests.agents_here import AgentsHere
 
@@ -266,7 +270,7 @@ def test_a_holder_that_cannot_be_reached_ends_the_job_in_one_line(
 ) -> None:
     agents = AgentsHere(2, 1)
 
-    def refused(host: str, port: int, secret: bytes) -> Channel:
+    def refused(*_: object) -> Channel:
         raise ConnectionRefusedError("nobody listens")
 
     monkeypatch.setattr(Channel, "to_peer", refused)
@@ -313,6 +317,63 @@ def test_a_node_that_is_no_owner_here_is_turned_away(make: Make) -> None:
     placement = agents.equipment[0].placement
     stranger = next(n for n in range(1, 4) if placement.copy_number(n, 0) is None)
     channel = agents.channel(0)
-    channel.send({"op": "copies", "node_rank": stranger})
+    channel.send({"op": "copies", "node_rank": stranger, "tenure": 0})
     with pytest.raises((EOFError, OSError)):
         channel.receive()
+
+
+def sender(agents: AgentsHere, holder: int, tenure: int) -> Channel:
+    """An agent of node 0 that copies to a holder, with rank 0's frame 1 already there."""
+    channel = agents.channel(holder)
+    channel.send({"op": "copies", "node_rank": 0, "tenure": tenure})
+    assert copied(channel, 1) == "stored"
+    return channel
+
+
+def copied(channel: Channel, iteration: int, nbytes: int = 1000) -> str:
+    """Answer to a frame."""
+    start_copy(channel, iteration, nbytes)
+    os.write(channel._connection.fileno(), bytes(nbytes))
+    return str(channel.receive()["op"])
+
+
+def start_copy(channel: Channel, iteration: int, nbytes: int) -> None:
+    digest, parts = seal(np.zeros(nbytes, dtype=np.uint8), ())
+    head = {"op": "copy", "global_rank": 0, "key": f"frame/{iteration}/x", "nbytes": nbytes}
+    channel.send({**head, "checksum": digest, "meta": {}, "parts": parts})
+
+
+@pytest.mark.parametrize("how", ["evicted", "followed"])
+def test_what_an_agent_sends_that_has_lost_its_place_changes_nothing(make: Make, how: str) -> None:
+    agents = make()
+    holder = agents.equipment[0].placement.holders[0][0]
+    stale, between = sender(agents, holder, tenure=0), sender(agents, holder, tenure=0)
+    # One of its frames is on its way at that moment.
+    start_copy(between, 2, 1000)
+    if how == "evicted":
+        agents.equipment[holder].evicted(0, 1)
+    else:
+        # The agent after it may be quicker than the leader's word.
+        assert copied(sender(agents, holder, tenure=1), 7) == "stored"
+    before = held(agents, holder, 0)
+    for channel, says in (
+        (stale, {"op": "drop", "global_rank": 0, "below": 100}),
+        (stale, {"op": "forget", "global_rank": 0, "key": "frame/1/x"}),
+    ):
+        with contextlib.suppress(OSError):
+            channel.send(says)
+    with contextlib.suppress(OSError):
+        os.write(between._connection.fileno(), bytes(1000))
+    with pytest.raises((EOFError, OSError)):
+        between.receive()
+    # Nor does it open another connection.
+    late = agents.channel(holder)
+    late.send({"op": "copies", "node_rank": 0, "tenure": 0})
+    with pytest.raises((EOFError, OSError)):
+        copied(late, 9)
+    assert held(agents, holder, 0) == before
+    assert agents.count(holder, "messages of agents that had lost their place") == 1
+    # What comes from whoever has the place now counts.
+    current = sender(agents, holder, tenure=1)
+    assert copied(current, 8) == "stored"
+    assert held(agents, holder, 0)[-1] == "frame/8/x"

@@ -170,7 +170,7 @@ def test_the_limit_is_told_once_and_again_when_it_has_changed_much() -> None:
 def test_an_evaluation_may_take_the_timeout_and_a_hang_behind_it_is_seen_in_time() -> None:
     job = Job()
     job.steady()
-    job.odd = {3: {"place": "evaluation"}}
+    job.odd = {3: {"place": "evaluate:1"}}
     job.until(590.0)
     assert job.of(Alarm) == []
     job.odd, job.progress = {}, dict.fromkeys(RANKS, job.now)
@@ -179,7 +179,7 @@ def test_an_evaluation_may_take_the_timeout_and_a_hang_behind_it_is_seen_in_time
     assert (job.now, alarm.limit.seconds) == (640.0, 50.0)
     job = Job()
     job.steady()
-    job.odd = {3: {"place": "evaluation"}}
+    job.odd = {3: {"place": "evaluate:1"}}
     job.until(1e6)
     assert (job.now, len(job.of(Alarm))) == (600.0, 1)
 

@@ -1,0 +1,1 @@
+"""The soak: a long training run with failures at random instants, compared bit by bit."""

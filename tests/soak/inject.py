@@ -1,0 +1,185 @@
+"""Carries a plan out on a job that trains: kills from outside, then waits for the recovery."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion import events
+from tests.equivalence.harness import follow, kill_agent
+
+from .plan import KINDS, Failure
+
+ITERATION = re.compile(r" iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
+
+
+class RunEnded(Exception):
+    """The job ended by itself, or made no progress."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a failure.
+
+    Attributes:
+        iteration: whose log line was the last one before it.
+        epochs: that its recovery took, first and last.
+        ms: from its detection to training, as the leader counts.
+        tier: 0 from memory, 2 from a spill.
+        second_came: whether the second failure was injected before training went on.
+    """
+
+    failure: Failure
+    iteration: int
+    epochs: tuple[int, int]
+    ms: float
+    tier: int
+    second_came: bool
+
+
+@dataclass
+class Injector:
+    """Injects failures until the time is up or there are enough, then has the job end.
+
+    Args:
+        plan: what to inject.
+        most: how many.
+        seconds: after which no other one is begun.
+        stall_seconds: the job counts as hanging if it has said nothing for so long.
+        say: a line for whoever watches.
+        not_survived: the kind of the failure that the job ended with.
+        why_not: why the job ended, if not by this.
+    """
+
+    plan: Iterator[Failure]
+    most: int
+    seconds: float
+    stall_seconds: float
+    say: Callable[[str], None]
+    outcomes: list[Outcome] = field(default_factory=list)
+    not_survived: list[str] = field(default_factory=list)
+    why_not: str = ""
+    _heard: threading.Event = field(default_factory=threading.Event)
+    _over: bool = False
+
+    def __call__(self, directory: Path) -> None:
+        """Runs beside the job, as `meddle` of `Runner.run`."""
+        watching = threading.Thread(target=self._watch, args=(directory,))
+        watching.start()
+        try:
+            self._inject(directory)
+        except RunEnded as ended:
+            # Whoever watches for a stall was first, if it was one.
+            self.why_not = self.why_not or str(ended)
+        finally:
+            self._over = True
+            self._heard.set()
+            watching.join()
+            _end(directory)
+
+    def _watch(self, directory: Path) -> None:
+        while self._heard.wait(self.stall_seconds):
+            if self._over:
+                return
+            self._heard.clear()
+        self.why_not = f"nothing was heard for {self.stall_seconds:g} s"
+        _end(directory)
+
+    def _inject(self, directory: Path) -> None:
+        begin, after = time.monotonic(), 0
+        while len(self.outcomes) < self.most and time.monotonic() - begin < self.seconds:
+            failure = next(self.plan)
+            iteration, ms = self._trained(directory, failure.after, after)
+            outcome = self._one(directory, failure, iteration, ms)
+            self.outcomes.append(outcome)
+            took = f"training again after {outcome.ms:.0f} ms"
+            missed = "" if outcome.second_came else ", before the second one"
+            self.say(f"{len(self.outcomes)}. iteration {iteration}: {failure}: {took}{missed}")
+            after = (directory / "log").stat().st_size
+        # What the last recovery left has to train, too.
+        self._trained(directory, 5, after)
+
+    def _trained(self, directory: Path, iterations: int, after: int) -> tuple[int, float]:
+        """Waits for log lines; the last one's iteration and how long that took, in ms."""
+        told = follow(directory / "log", after)
+        for line in told:
+            self._heard.set()
+            found = ITERATION.search(line)
+            iterations -= found is not None
+            if found is not None and iterations <= 0:
+                told.close()
+                return int(found[1]), float(found[2])
+        raise RunEnded("the job ended while it trained")
+
+    def _one(self, directory: Path, failure: Failure, iteration: int, ms: float) -> Outcome:
+        (leader,) = (directory / events.FOLDER).glob("agent-0.*")
+        told = follow(leader, after=leader.stat().st_size)
+        _later(failure.delay * ms / 1000, lambda: _strike(directory, failure))
+        pending: set[Any] = {("node", failure.node)} if failure.node is not None else set()
+        pending = pending or {("rank", rank) for rank in failure.ranks}
+        epochs: list[int] = []
+        second, tier = failure.second, 0
+        for line in told:
+            self._heard.set()
+            event = json.loads(line)
+            pending -= {_lost(event)}
+            if event["kind"] in ("detected", "node-lost"):
+                epochs.append(event["epoch"])
+            if event["kind"] == "fell-back":
+                tier = 2
+            if second and event["kind"] == failure.event:
+                _later(failure.second_seconds, lambda: _kill(directory, failure.second))
+                pending |= {("rank", rank) for rank in second}
+                second = ()
+            if event["kind"] == "resumed" and not pending:
+                told.close()
+                took = (min(epochs), event["epoch"])
+                return Outcome(failure, iteration, took, event["ms"], tier, not second)
+        self.not_survived.append(failure.kind)
+        raise RunEnded(f"the job did not survive {failure}, at iteration {iteration}")
+
+
+def _lost(event: dict[str, Any]) -> tuple[str, int] | None:
+    match event["kind"]:
+        case "detected":
+            return ("rank", event["global_rank"])
+        case "node-lost":
+            return ("node", event["node_rank"])
+    return None
+
+
+def _later(seconds: float, then: Callable[[], None]) -> None:
+    """Comes at a random instant, which is what a soak is for."""
+    timer = threading.Timer(seconds, then)
+    timer.start()
+    timer.join()
+
+
+def _strike(directory: Path, failure: Failure) -> None:
+    if failure.node is not None:
+        kill_agent(directory, failure.node)
+    else:
+        stops = KINDS[failure.kind].stops
+        _kill(directory, failure.ranks, signal.SIGSTOP if stops else signal.SIGKILL)
+
+
+def _kill(directory: Path, ranks: tuple[int, ...], number: int = signal.SIGKILL) -> None:
+    started = [e for e in events.read(directory) if e["kind"] == "started"]
+    pids = {e["global_rank"]: e["pid"] for e in started}
+    for rank in ranks:
+        os.kill(pids[rank], number)
+
+
+def _end(directory: Path) -> None:
+    """Has the leader end the job, if it has not ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int((directory / "launcher-0.pid").read_text()), signal.SIGTERM)

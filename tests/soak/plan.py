@@ -1,0 +1,161 @@
+"""Which failures a soak injects, and when: a pure function of the seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+from megatron_moetion.config import Config
+
+BETWEEN = (3, 9)
+"""Iterations that are trained after a recovery before the next failure, fewest and most."""
+SPREAD = 2.0
+"""A failure comes up to so many iterations after the log line that it waits for."""
+EARLY, LATE = ("detected", "planned", "settled"), ("quiesced", "gathered")
+"""Events of a recovery that a second failure may follow: before and after all who died have been
+replaced.
+"""
+BEHIND_EVENT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the ranks are.
+
+    Attributes:
+        agents, workers: of the job, of each agent.
+        num_stages: ranks are dealt to them in order, evenly.
+    """
+
+    agents: int
+    workers: int
+    num_stages: int = 2
+
+    @property
+    def world_size(self) -> int:
+        return self.agents * self.workers
+
+    def of_stage(self, pp_rank: int) -> tuple[int, ...]:
+        size = self.world_size // self.num_stages
+        return tuple(range(pp_rank * size, (pp_rank + 1) * size))
+
+    def of_node(self, node: int) -> tuple[int, ...]:
+        return tuple(range(node * self.workers, (node + 1) * self.workers))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure and, perhaps, a second one while it is recovered from.
+
+    Attributes:
+        kind: of `KINDS`.
+        ranks: whose workers are killed, or stopped.
+        node: whose agent is killed; None kills none.
+        after: iterations that are trained before it.
+        delay: until it comes, in iterations, after the last of these log lines.
+        event: of the recovery that the second failure waits for; empty if there is none.
+        second: whose workers are killed then.
+        second_seconds: after the event.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    node: int | None
+    after: int
+    delay: float
+    event: str = ""
+    second: tuple[int, ...] = ()
+    second_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        who = f"ranks {list(self.ranks)}" if self.node is None else f"node {self.node}"
+        first = f"{self.kind}: {who}, {self.after} + {self.delay:.2f} iterations after the last one"
+        if not self.event:
+            return first
+        behind = f"{self.second_seconds:.2f} s behind '{self.event}'"
+        return f"{first}, then ranks {list(self.second)} {behind}"
+
+
+Draw = Callable[[random.Random, Machines], dict[str, object]]
+
+
+def _several(draw: random.Random, machines: Machines) -> dict[str, object]:
+    number = draw.randint(2, machines.world_size - 1)
+    return {"ranks": tuple(sorted(draw.sample(range(machines.world_size), number)))}
+
+
+def _stage(draw: random.Random, machines: Machines) -> dict[str, object]:
+    return {"ranks": machines.of_stage(draw.randrange(machines.num_stages))}
+
+
+def _one(draw: random.Random, machines: Machines) -> dict[str, object]:
+    return {"ranks": (draw.randrange(machines.world_size),)}
+
+
+def _second(draw: random.Random, machines: Machines) -> dict[str, object]:
+    first, event = draw.randrange(machines.world_size), draw.choice(EARLY + LATE)
+    # Who has not been replaced yet cannot be killed again.
+    others = [r for r in range(machines.world_size) if event in LATE or r != first]
+    told = {"ranks": (first,), "event": event, "second": (draw.choice(others),)}
+    return {**told, "second_seconds": draw.uniform(0, BEHIND_EVENT_SECONDS)}
+
+
+def _node(draw: random.Random, machines: Machines) -> dict[str, object]:
+    # Node 0 hosts the job's store.
+    node = draw.randrange(1, machines.agents)
+    return {"ranks": machines.of_node(node), "node": node}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of failure.
+
+    Attributes:
+        draw: what is particular to it.
+        weight: how often it comes, among the others.
+        cuts: under which it is to be survived.
+        min_agents: that it needs.
+        flag: field of `Config` without which nothing survives it; a build may lack that.
+        stops: workers are stopped (SIGSTOP), not killed.
+    """
+
+    draw: Draw
+    weight: int
+    cuts: tuple[str, ...] = ("stage", "shard")
+    min_agents: int = 1
+    flag: str = "moetion"
+    stops: bool = False
+
+
+KINDS = {
+    "one worker": Kind(_one, 6),
+    "several workers": Kind(_several, 3),
+    "a stage": Kind(_stage, 2),
+    "all workers": Kind(lambda _, machines: {"ranks": tuple(range(machines.world_size))}, 1),
+    "a second one in a recovery": Kind(_second, 5),
+    "a node": Kind(_node, 3, cuts=("shard",), min_agents=2),
+    "a stopped worker": Kind(_one, 2, flag="hang_factor", stops=True),
+}
+"""To have another kind injected, add it here; `inject.py` says what can be done to a job."""
+
+
+def kinds_for(cut: str, machines: Machines) -> dict[str, Kind]:
+    """The kinds that a run is to survive."""
+    known = {field.name for field in fields(Config)}
+    return {
+        name: kind
+        for name, kind in KINDS.items()
+        if cut in kind.cuts and machines.agents >= kind.min_agents and kind.flag in known
+    }
+
+
+def failures(seed: int, cut: str, machines: Machines) -> Iterator[Failure]:
+    """The failures of a soak in their order, without end."""
+    draw, kinds = random.Random(f"{seed} {cut} {machines}"), kinds_for(cut, machines)
+    while True:
+        names, weights = list(kinds), [kind.weight for kind in kinds.values()]
+        (name,) = draw.choices(names, weights)
+        particular = {"node": None, **kinds[name].draw(draw, machines)}
+        when = {"after": draw.randint(*BETWEEN), "delay": draw.uniform(0, SPREAD)}
+        yield Failure(kind=name, **when, **particular)  # type: ignore[arg-type]

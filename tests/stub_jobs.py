@@ -1,0 +1,77 @@
+"""Jobs of stub workers under moetion-run, in real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion.events import read
+from tests.waiting import readable
+
+STUB = str(Path(__file__).parent / "unit" / "agent" / "stub_worker.py")
+LIMIT_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left."""
+
+    codes: list[int]
+    errors: str
+    events: list[dict[str, Any]]
+
+    def of(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        return [
+            event
+            for event in self.events
+            if event["kind"] == kind and fields.items() <= event.items()
+        ]
+
+
+def launch(argv: list[str], *script: str, stub: bool = True, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_moetion.agent", *argv, *([STUB] * stub), *script],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+            "MOETION_PREIMPORT": "torch",
+            **env,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]], directory: Path) -> Outcome:
+    outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
+    codes = [process.returncode for process in processes]
+    return Outcome(codes, "".join(errors for _, errors in outputs), read(directory))
+
+
+def protected(directory: Path, *deaths: str, iterations: int = 10) -> list[str]:
+    script = ["--moetion", "--moetion-dir", str(directory), "--iterations", str(iterations)]
+    return script + [word for death in deaths for word in ("--die", death)]
+
+
+def assert_trained_to_the_end(outcome: Outcome, world_size: int, iterations: int = 10) -> None:
+    assert outcome.codes == [0] * len(outcome.codes), outcome.errors
+    finished = outcome.of("finished", iteration=iterations)
+    assert sorted(event["who"] for event in finished) == [f"rank-{r}" for r in range(world_size)]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process that is not ours has ended, or does so in a moment."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return readable(pidfd, 10)
+    finally:
+        os.close(pidfd)
