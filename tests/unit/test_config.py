@@ -30,6 +30,8 @@ FLAGS = [
     "--moetion-memory",
     "--moetion-spill-interval",
     "--moetion-export",
+    "--moetion-hang-factor",
+    "--moetion-max-retries",
     "--moetion-timeout",
 ]
 """Frozen: a flag is a promise to users."""
@@ -88,6 +90,10 @@ def test_digests_work_without_protection() -> None:
         (["--moetion-digest-interval", "often"], "give a whole number of at least 0"),
         (["--moetion-timeout", "0"], "give seconds, at least 1"),
         (["--moetion-timeout", "nan"], "give seconds, at least 1"),
+        (["--moetion-hang-factor", "1.5"], "give 0, or at least 2"),
+        (["--moetion-hang-factor", "inf"], "give 0, or at least 2"),
+        (["--moetion-hang-factor", "soon"], "give 0, or at least 2"),
+        (["--moetion-max-retries", "-1"], "give a whole number of at least 0"),
         (["--moetion-dir", __file__], "this is a file; give a directory"),
         (["--moetion-replicas", "1"], "needs at least 2 nodes and this job has 1: drop the flag"),
         (["--moetion-replicas", "-1"], "give 'auto' or a whole number of at least 0"),
