@@ -531,20 +531,18 @@ class Session:
         self._began = None
         self.job.progress.recovers()
         with self.job.progress.aside(RECOVERY):
-            self._recover_aside(error)
-
-    def _recover_aside(self, error: Exception) -> None:
-        while True:
-            epoch = self.job.notices.failure(error, self._handled)
-            try:
-                self.job.notices.wait("abort", epoch)
-                # What was captured counts for the plan, and its sources are about to be rebuilt.
-                self.copier.drain()
-                self.job.send("quiesced", epoch=epoch)
-                self._carry_out(self.job.receive_facts(epoch))
-                return
-            except Exception as again:
-                self._only_superseded(again, epoch)
+            while True:
+                epoch = self.job.notices.failure(error, self._handled)
+                try:
+                    self.job.notices.wait("abort", epoch)
+                    # What was captured counts for the plan, and its sources are about to be
+                    # rebuilt.
+                    self.copier.drain()
+                    self.job.send("quiesced", epoch=epoch)
+                    self._carry_out(self.job.receive_facts(epoch))
+                    return
+                except Exception as again:
+                    self._only_superseded(again, epoch)
 
     def _only_superseded(self, error: Exception, epoch: int) -> None:
         """Passes when recovery was cut short by another failure or a damaged entry, to be begun

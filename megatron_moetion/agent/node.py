@@ -377,6 +377,8 @@ class Node:
 
     def _meet(self, global_rank: int, identity: dict[str, str]) -> None:
         self._identity = identity
+        if self._leader is not None:
+            self._leader.met()
         reason = None if self._record is None else mismatch(self._record, identity)
         if reason is not None:
             self._pass_on(global_rank, {"op": "hopeless", "reason": reason})
