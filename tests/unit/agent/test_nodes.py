@@ -135,7 +135,7 @@ def test_standbys_take_the_places_of_lost_nodes_in_turn_and_all_end_with_the_job
     first, second = nodes.standby(1), nodes.standby(2)
     assert [event["ahead"] for event in nodes.until("parked", 2)] == [0, 1]
 
-    extra = nodes.start("--node-rank", "1", label="extra")
+    extra = nodes.start("--spares", "0", "--node-rank", "1", label="extra")
     code, lines = ended(extra)
     assert code == 1
     (line,) = lines
@@ -233,7 +233,7 @@ def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(make: M
 
 def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(make: Make) -> None:
     nodes = make(*SHARD, "--ignore-sigterm")
-    early = nodes.start("--standby", label="spare")
+    early = nodes.start("--standby", "--spares", "0", label="spare")
     zero, one = nodes.members("--spares", "1")
     nodes.until("parked", 1)
     early.send_signal(signal.SIGINT)
