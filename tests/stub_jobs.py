@@ -13,7 +13,7 @@ from megatron_moetion.events import read
 from tests.waiting import readable
 
 STUB = str(Path(__file__).parent / "unit" / "agent" / "stub_worker.py")
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 240
 
 
 @dataclass(frozen=True)

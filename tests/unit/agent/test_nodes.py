@@ -238,6 +238,10 @@ def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(mak
     nodes.until("parked", 1)
     early.send_signal(signal.SIGINT)
     assert ended(early, END_SECONDS)[0] == 128 + signal.SIGINT
+    one.kill()
+    nodes.until("node-lost", 1)
+    one = nodes.start("--node-rank", "1", label="started by somebody")
+    nodes.until("resumed", 1, recovered=[1])
     one.send_signal(signal.SIGINT)
     signalled = time.monotonic()
     codes = [ended(process)[0] for process in (zero, one)]
