@@ -139,6 +139,7 @@ class Node:
             durable = {str(r): i for r, i in self._equipment.replication.durable().items()}
             self._log.emit("counted", durable=durable, **self._counters.numbers())
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
+            supervision.end_orphans()
             self._store.close()
             self._log.close()
         if self._fall_back is None:
