@@ -67,8 +67,8 @@ from megatron_moetion.vault.spill import Span
 
 
 class StopReplay(Exception):
-    """Ends a replayed training step after its optimizer step: this rank has been through the rest
-    of it.
+    """Ends a replayed training step after its optimizer step: this rank, or its predecessor, has
+    been through the rest of it.
     """
 
 
@@ -732,9 +732,9 @@ class Session:
         self._rebuild.stepped(iteration)
         self.cursor.progress = Progress.AFTER_STEP
         assert self._plan is not None
-        if iteration < self._plan.committed:
-            return
-        if not self._run_on:
+        if iteration < self._plan.committed or not self._run_on:
+            # What comes behind the step changes nothing that the next start does not put in place,
+            # and may ask for results that nobody has any more.
             self.job.events.emit("replayed", iteration=iteration)
             raise StopReplay
         # From here the replayed iteration is the live one: the rest of the job is waiting in it.
