@@ -707,10 +707,8 @@ class Session:
 
     def _remade(self, plan: Plan) -> Remade:
         assert self.job.store is not None
-        listed = self.job.vault.inventory(self.job.global_rank, "boundary/")
         store = PrefixStore(f"moetion/sent/{plan.epoch}", self.job.store)
-        logged = frozenset(entry.key for entry in listed)
-        return Remade(plan, self.topology, logged, store, self.job.groups.waits)
+        return Remade(plan, self.topology, self.job.vault, store, self.job.groups.waits)
 
     def _replay(self, iteration: int) -> None:
         assert self._rebuild is not None
