@@ -109,8 +109,7 @@ def test_stages_that_are_lost_together_are_replayed_together(runner: Runner) -> 
     while what they need of the lost ones is what those have sent once more in their replay.
     """
     last = test_variants.ITERATIONS
-    off = runner.off("four-stages-off", iterations=last, flags=[], **FOUR_STAGES)
-    assert off.code == 0, off.tail()
+    off, *_ = test_variants.reference(runner, "four-stages")
     flags = ["--moetion", "--moetion-window", str(WINDOW), "--moetion-replicas", "1"]
     run = runner.run(
         "node-loss-joint",
