@@ -64,6 +64,7 @@ class Page:
         os.ftruncate(self._fd, PAGE_BYTES)
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self._fields = memoryview(mmap.mmap(self._fd, PAGE_BYTES)).cast("q")
+        self._fields[_MICROBATCH], self._fields[_STAMP] = _NONE, time.monotonic_ns()
 
     def read(self) -> Seen:
         """What the worker wrote last; while it writes, some of it may be of the place before."""

@@ -67,8 +67,8 @@ UNTIL_QUIET = 3
 
 
 class StopReplay(Exception):
-    """Ends a replayed training step after its optimizer step: this rank has been through the rest
-    of it.
+    """Ends a replayed training step after its optimizer step: this rank, or its predecessor, has
+    been through the rest of it.
     """
 
 
@@ -532,20 +532,18 @@ class Session:
         self._began = None
         self.job.progress.recovers()
         with self.job.progress.aside(RECOVERY):
-            self._recover_aside(error)
-
-    def _recover_aside(self, error: Exception) -> None:
-        while True:
-            epoch = self.job.notices.failure(error, self._handled)
-            try:
-                self.job.notices.wait("abort", epoch)
-                # What was captured counts for the plan, and its sources are about to be rebuilt.
-                self.copier.drain()
-                self.job.send("quiesced", epoch=epoch)
-                self._carry_out(self.job.receive_facts(epoch))
-                return
-            except Exception as again:
-                self._only_superseded(again, epoch)
+            while True:
+                epoch = self.job.notices.failure(error, self._handled)
+                try:
+                    self.job.notices.wait("abort", epoch)
+                    # What was captured counts for the plan, and its sources are about to be
+                    # rebuilt.
+                    self.copier.drain()
+                    self.job.send("quiesced", epoch=epoch)
+                    self._carry_out(self.job.receive_facts(epoch))
+                    return
+                except Exception as again:
+                    self._only_superseded(again, epoch)
 
     def _only_superseded(self, error: Exception, epoch: int) -> None:
         """Passes when recovery was cut short by another failure or a damaged entry, to be begun
@@ -746,10 +744,8 @@ class Session:
 
     def _remade(self, plan: Plan) -> Remade:
         assert self.job.store is not None
-        listed = self.job.vault.inventory(self.job.global_rank, "boundary/")
         store = PrefixStore(f"moetion/sent/{plan.epoch}", self.job.store)
-        logged = frozenset(entry.key for entry in listed)
-        return Remade(plan, self.topology, logged, store, self.job.groups.waits)
+        return Remade(plan, self.topology, self.job.vault, store, self.job.groups.waits)
 
     def _replay(self, iteration: int) -> None:
         assert self._rebuild is not None
@@ -772,9 +768,9 @@ class Session:
         self._rebuild.stepped(iteration)
         self.cursor.progress = Progress.AFTER_STEP
         assert self._plan is not None
-        if iteration < self._plan.committed:
-            return
-        if not self._run_on:
+        if iteration < self._plan.committed or not self._run_on:
+            # What comes behind the step changes nothing that the next start does not put in place,
+            # and may ask for results that nobody has any more.
             self.job.events.emit("replayed", iteration=iteration)
             raise StopReplay
         # From here the replayed iteration is the live one: the rest of the job is waiting in it.

@@ -22,6 +22,13 @@ class Alarms:
 
     def __init__(self, vigil: Vigil, log: EventLog, timeout: timedelta) -> None:
         self.vigil, self._log, self._timeout = vigil, log, timeout
+        self._begun = False
+
+    def begin(self) -> None:
+        """The first worker is there: says what holds before anything is learned."""
+        if not self._begun:
+            self._begun = True
+            _print(f"hangs are detected {self.vigil.rule}")
 
     def say(self, found: Alarm | Learned | Deaf) -> None:
         """A line or more, and an event."""

@@ -194,6 +194,10 @@ class Leader:
                 raise ValueError(f"node {node_rank} sent an unknown message {other!r}")
         self._feed(event)
 
+    def met(self) -> None:
+        """A worker of this node has connected."""
+        self._alarms.begin()
+
     def seconds_left(self) -> float | None:
         """Until `tick` has something to do; None when nothing is awaited."""
         known = [at for at in (self._deadline, self._alarms.vigil.deadline) if at is not None]

@@ -139,6 +139,7 @@ class Node:
             durable = {str(r): i for r, i in self._equipment.replication.durable().items()}
             self._log.emit("counted", durable=durable, **self._counters.numbers())
             supervision.end_all(sorted(self._children, key=lambda child: child.pid))
+            supervision.end_orphans()
             self._store.close()
             self._log.close()
         if self._fall_back is None:
@@ -377,6 +378,8 @@ class Node:
 
     def _meet(self, global_rank: int, identity: dict[str, str]) -> None:
         self._identity = identity
+        if self._leader is not None:
+            self._leader.met()
         reason = None if self._record is None else mismatch(self._record, identity)
         if reason is not None:
             self._pass_on(global_rank, {"op": "hopeless", "reason": reason})

@@ -44,13 +44,21 @@ def main() -> None:
     obstacle = why_not_to_fork()
     ready = {"ready_after_ms": round((time.monotonic() - started) * 1000), "obstacle": obstacle}
     channel.send(json.dumps(ready).encode())
-    while message := channel.recv(MAX_MESSAGE):
+    while message := receive(channel):
         assignment = json.loads(message)
         if obstacle or fork_worker(agent):
             channel.send(json.dumps({"born": assignment["who"], "pid": os.getpid()}).encode())
             channel.close()
             become(assignment)
             return
+
+
+def receive(channel: socket.socket) -> bytes:
+    """The agent's next message; empty when it is gone, whatever it had not read."""
+    try:
+        return channel.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return b""
 
 
 def modules_to_import() -> list[str]:

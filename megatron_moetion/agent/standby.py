@@ -37,10 +37,12 @@ class Seat:
     Attributes:
         channel: orders and reports.
         pulse: beats.
+        answer: what the leader has said already, see `take_seat`.
     """
 
     channel: Channel
     pulse: Pulse
+    answer: Message | None = None
 
 
 class Dismissed(Exception):
@@ -72,7 +74,7 @@ def take_seat(
         leader: where it listens.
         secret: the job's.
         lease: for a leader that is silent at once.
-        first: what to say.
+        first: what to say; a standby waits for what the leader says to that.
         lapsed: see `Pulse`.
 
     Raises:
@@ -82,14 +84,18 @@ def take_seat(
     try:
         channel = Channel.to_peer(*where, secret, lease)
         channel.send({**first, "agent": agent})
-        return Seat(channel, Pulse(Channel.to_peer(*where, secret, lease), agent, lapsed))
+        answer = channel.receive() if first["op"] == "standby" else None
+        if answer is not None and answer["op"] == "refused":
+            raise MembershipError(answer["reason"])
+        pulse = Pulse(Channel.to_peer(*where, secret, lease), agent, lapsed)
+        return Seat(channel, pulse, answer)
     except AuthenticationError:
         raise MembershipError(
             "the leader has another MOETION_SECRET: set the same one on every node"
         ) from None
     except (EOFError, OSError) as error:
-        at = f"{leader.host}:{leader.port}"
-        raise MembershipError(f"cannot reach the leader at {at}: {error}") from None
+        at, why = f"{leader.host}:{leader.port}", str(error) or "connection closed"
+        raise MembershipError(f"cannot reach the leader at {at}: {why}") from None
 
 
 def stand_by(arrival: Arrival, secret: bytes, lease: timedelta) -> tuple[Meeting, Seat]:
@@ -107,36 +113,34 @@ def stand_by(arrival: Arrival, secret: bytes, lease: timedelta) -> tuple[Meeting
     with _signals_raise():
         seat = take_seat(arrival.leader, secret, lease, asked, _leader_silent)
         try:
-            return _wait(arrival, seat), seat
-        except (Dismissed, MembershipError, Signalled):
+            message = seat.answer
+            while message is None or message["op"] != "seated":
+                _hear(seat.channel, message)
+                message = seat.channel.receive()
+        except (EOFError, OSError) as error:
+            seat.pulse.stop()
+            why = str(error) or "connection closed"
+            raise MembershipError(f"the leader, node 0, is gone ({why})") from None
+        except (Dismissed, Signalled):
             seat.pulse.stop()
             raise
+        nodes = tuple(Member(**node) for node in message["nodes"])
+        members = Members(nodes, message["node_rank"])
+        if arrival.own.node_rank == ANY_PLACE:
+            _say(f"this standby takes the place of node {members.own_node_rank}")
+        found = (arrival.store, arrival.port, arrival.listener, members, arrival.run_id)
+        return Meeting(*found), seat
 
 
-def _wait(arrival: Arrival, seat: Seat) -> Meeting:
-    while True:
-        try:
-            message = seat.channel.receive()
-        except (EOFError, OSError) as error:
-            raise MembershipError(f"the leader is gone ({error or 'connection closed'})") from None
-        match message["op"]:
-            case "seated":
-                nodes = tuple(Member(**node) for node in message["nodes"])
-                members = Members(nodes, message["node_rank"])
-                if arrival.own.node_rank == ANY_PLACE:
-                    _say(f"this standby takes the place of node {members.own_node_rank}")
-                return Meeting(
-                    arrival.store, arrival.port, arrival.listener, members, arrival.run_id
-                )
-            case "parked":
-                _say(_parked(message["ahead"], message["replaces_nodes"]))
-            case "refused":
-                raise MembershipError(message["reason"])
-            case "end":
-                if message["fall_back"] is not None:
-                    # Until its process is another, the store there is still that of the failed run.
-                    _await_end(seat.channel)
-                raise Dismissed(anew=message["fall_back"] is not None)
+def _hear(channel: Channel, message: Message | None) -> None:
+    match message:
+        case {"op": "parked", "ahead": ahead, "replaces_nodes": replaces_nodes}:
+            _say(_parked(ahead, replaces_nodes))
+        case {"op": "end", "fall_back": fall_back}:
+            if fall_back is not None:
+                # Until its process is another, the store there is still that of the failed run.
+                _await_end(channel)
+            raise Dismissed(anew=fall_back is not None)
 
 
 def _await_end(channel: Channel) -> None:

@@ -19,6 +19,8 @@ PR_SET_CHILD_SUBREAPER = 36
 TETHER = str(Path(__file__).with_name("tether.py"))
 # A scheduler kills 30 s after its own SIGTERM (Slurm's KillWait), so be done well before.
 GRACE = timedelta(seconds=8)
+# For what has detached itself; together less than the 10 s in which a job has to be gone.
+ORPHANS_GRACE = timedelta(seconds=1)
 
 
 @dataclass(eq=False)
@@ -142,6 +144,34 @@ def end_all(children: Sequence[Child], grace: timedelta = GRACE) -> Ended:
     for child in children:
         ended.codes[child.label] = reap(child)
     return ended
+
+
+def end_orphans(grace: timedelta = ORPHANS_GRACE) -> None:
+    """End what is left of this process's children once all of its own are reaped: what workers had
+    started in sessions of their own. SIGTERM, at most `grace`, SIGKILL.
+    """
+    deadline = time.monotonic() + grace.total_seconds()
+    number = signal.SIGTERM
+    while orphans := _children():
+        for pid in orphans:
+            os.kill(pid, number)
+        for pid in orphans:
+            pidfd = os.pidfd_open(pid)
+            with selectors.DefaultSelector() as selector:
+                selector.register(pidfd, selectors.EVENT_READ)
+                left = deadline - time.monotonic() if number is signal.SIGTERM else None
+                over = selector.select(None if left is None else max(0.0, left))
+            os.close(pidfd)
+            if over:
+                os.waitpid(pid, 0)
+        # Whoever ignored it, and whoever they leave behind in turn.
+        number = signal.SIGKILL
+
+
+def _children() -> list[int]:
+    """Pids of this process's children that are not reaped, adopted ones too."""
+    listed = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for children in listed for pid in children.read_text().split()]
 
 
 def _readable(fd: int) -> bool:

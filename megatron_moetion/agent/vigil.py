@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from megatron_moetion.agent.hangs import (
+    SHORTEST_OF_TIMEOUT,
     Limit,
     Observation,
     Verdict,
@@ -125,6 +126,18 @@ class Vigil:
         self._watching = False
         self._since = self._next = now
         self.trains(now)
+
+    @property
+    def rule(self) -> str:
+        """When there is an alarm, in words."""
+        seconds = self._timeout.total_seconds()
+        if not self._factor:
+            return f"in a recovery only, after {seconds:g} s (--moetion-hang-factor 0)"
+        return (
+            f"after {self._factor:g} iterations without progress (--moetion-hang-factor), though"
+            f" not before {seconds / SHORTEST_OF_TIMEOUT:g} s; before their time is known, and in"
+            f" evaluation and saving, after {seconds:g} s (--moetion-timeout)"
+        )
 
     @property
     def deadline(self) -> float | None:

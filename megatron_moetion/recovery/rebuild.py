@@ -26,7 +26,7 @@ from megatron_moetion.parts import Part, Stretch, complete, covered, missing, wi
 from megatron_moetion.recovery.failure import MissingFromInbox, ReplayDiverged
 from megatron_moetion.recovery.plan import NothingToRebuildFrom, StagePlan
 from megatron_moetion.snapshot.frame import BUFFERS, Piece, pieces_of, view
-from megatron_moetion.vault import Vault
+from megatron_moetion.vault import Fetched, Vault
 
 Parts = AbstractSet[Part]
 
@@ -51,14 +51,28 @@ class Frames:
     def __init__(self, host: Host, vault: Vault, global_rank: int) -> None:
         self._host, self._vault, self._global_rank = host, vault, global_rank
         self._states = {s.name: s for o in host.operators for s in o.params}
+        self._newest: tuple[int, Fetched] | None = None
+
+    def forget(self) -> None:
+        """Keeps nothing of the frame that was read last: it may be large, and of another node."""
+        self._newest = None
+
+    def _fetch(self, iteration: int) -> Fetched | None:
+        """A frame in the vault, which is read there once however often it is asked for in turn."""
+        if self._newest is not None and self._newest[0] == iteration:
+            return self._newest[1]
+        self.forget()
+        entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
+        self._newest = None if entry is None else (iteration, entry)
+        return entry
 
     def held(self, iteration: int) -> bool:
         """Whether a sealed frame of this iteration is in the vault."""
-        return self._vault.fetch(self._global_rank, str(FrameKey(iteration))) is not None
+        return self._fetch(iteration) is not None
 
     def read(self, iteration: int) -> Frame:
         """A frame, verified."""
-        entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
+        entry = self._fetch(iteration)
         if entry is None:
             raise NothingToRebuildFrom(
                 f"the frame of iteration {iteration} of global rank {self._global_rank} is gone"
@@ -260,6 +274,7 @@ class Rebuild:
     def load_base(self) -> None:
         """Loads the base frame; afterwards the whole stage has the base's compute weights."""
         self._host.begin_replay()
+        self._frames.forget()
         self._loaded = self._frames.load(self.plan.base, frozenset())
         self._frames.load_buffers(self.plan.base)
         self._publish()
@@ -298,6 +313,7 @@ class Rebuild:
             raise NothingToRebuildFrom(
                 f"{sorted(self._lacking)[0]} has no full state after the replay"
             )
+        self._frames.forget()
         self._host.end_replay()
 
 
@@ -322,6 +338,7 @@ def rebuild_shard(host: Host, frames: Frames, log: InboxLog, base: int, at: int)
     """
     loaded: frozenset[Part] = frozenset()
     num_updates = 0
+    frames.forget()
     for iteration in range(base, at + 1):
         frame = frames.read(iteration)
         anew = complete(frame.full)
@@ -339,5 +356,6 @@ def rebuild_shard(host: Host, frames: Frames, log: InboxLog, base: int, at: int)
         raise NothingToRebuildFrom(f"{sorted(lacking)[0]} has no full state at iteration {at}")
     frames.clear_gradients()
     frames.load_buffers(at)
+    frames.forget()
     host.publish_main([state for operator in host.operators for state in operator.params])
     return num_updates

@@ -9,7 +9,7 @@ Source: design section 7 (adjacent failed stages whose logs died replay jointly)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # not in its stubs
 
@@ -17,6 +17,7 @@ from megatron_moetion.inbox.key import BoundaryKey
 from megatron_moetion.recovery.plan import Plan
 from megatron_moetion.recovery.waiting import Wait, Waits
 from megatron_moetion.topology import Topology
+from megatron_moetion.vault import Vault
 
 
 class Remade:
@@ -25,16 +26,18 @@ class Remade:
     Args:
         plan: of this rebuild.
         topology: of this rank.
-        logged: keys of what is in this rank's log already.
+        vault: this rank's.
         store: of this epoch; ranks tell each other there what they have logged.
         waits: calls a wait off when a peer is lost.
     """
 
     def __init__(
-        self, plan: Plan, topology: Topology, logged: Set[str], store: Store, waits: Waits
+        self, plan: Plan, topology: Topology, vault: Vault, store: Store, waits: Waits
     ) -> None:
-        self._topology, self._logged = topology, logged
+        self._topology, self._vault = topology, vault
         self._store, self._waits = store, waits
+        listed = vault.inventory(topology.global_rank, "boundary/")
+        self._logged = frozenset(entry.key for entry in listed)
         self._stages = {stage.pp_rank for stage in plan.stages}
 
     def logged(self, key: BoundaryKey) -> bool:
@@ -42,6 +45,8 @@ class Remade:
 
     def tell(self, key: BoundaryKey) -> None:
         if len(self._stages) > 1:
+            # The news must not overtake the entry.
+            self._vault.confirm()
             self._store.set(self._name(self._topology.global_rank, key), "")
 
     def wait(self, sender: int, key: BoundaryKey) -> bool:

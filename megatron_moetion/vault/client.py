@@ -15,6 +15,8 @@ from megatron_moetion.vault.entry import Entry, Listing, damage, seal, split_key
 from megatron_moetion.vault.shelf import Shelf, StoreShelf
 from megatron_moetion.vault.store import VaultStore
 
+_NOTHING = "-"
+"""No key begins with it."""
 MAX_READS = 3
 """Of one copy that its holder finds sound: then it is the way here that damages it."""
 
@@ -183,6 +185,12 @@ class Vault:
         """
         self.reserve(key, data.numel()).copy_(data)
         self.seal(key, meta)
+
+    def confirm(self) -> None:
+        """Returns once everybody can read what was sealed here: until then it may be on its way to
+        the agent, which others ask over connections of their own.
+        """
+        self._shelf.inventory(self.global_rank, _NOTHING)
 
     def abandon(self, key: str | None = None) -> None:
         """Give up one region that is being written, or all of them; no-op if there is none.

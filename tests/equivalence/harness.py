@@ -130,6 +130,7 @@ class Runner:
         restarts: bool = False,
         afresh: bool = False,
         limit_seconds: float | None = LIMIT_SECONDS,
+        standbys: int = 0,
     ) -> Run:
         """Trains and returns what was recorded; the exit code is the caller's business.
 
@@ -138,7 +139,8 @@ class Runner:
                 are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
             port: of the job's store, for whoever meddles with it.
-            restarts: an agent that is killed (`kill_agent`) is started again, as a scheduler would.
+            restarts: an agent that is killed (`kill_agent`) is started again, to stand by.
+            standbys: agents that take the places of lost ones.
             limit_seconds: after which a run is killed; None never kills it.
             afresh: everything is started and ends as for a user, not from the nursery.
         """
@@ -156,7 +158,7 @@ class Runner:
         agents = list(workers_of_node or [4 // nodes] * nodes)
         environments = [
             _environment({**({} if workers_of_node is None else domain(node)), **(env or {})})
-            for node in range(len(agents))
+            for node in range(len(agents) + standbys)
         ]
         code = once(
             self.scratch / f"{name}.code",
@@ -242,18 +244,17 @@ def _launch(
     limit_seconds: float | None,
 ) -> int:
     """Runs one launcher per node on loopback, all writing to one log; the first code that is not 0,
-    or 0.
+    or 0. Each one's own is in a file, too.
 
     Args:
         command: what each command line begins with.
         agents: workers by node.
-        environments: by node.
+        environments: by node, then by standby.
     """
     shared = {"MOETION_SECRET": secrets.token_hex(16)} if len(agents) > 1 else {}
-    commands = [
-        [*command, "--nproc-per-node", str(count), "--node-rank", str(node), *program]
-        for node, count in enumerate(agents)
-    ]
+    places = [[str(count), "--node-rank", str(node)] for node, count in enumerate(agents)]
+    places += [[str(agents[-1]), "--standby"]] * (len(environments) - len(agents))
+    commands = [[*command, "--nproc-per-node", *place, *program] for place in places]
     with (directory / "log").open("w") as out:
 
         def start(node: int) -> Launcher | subprocess.Popen[bytes]:
@@ -265,7 +266,10 @@ def _launch(
             while True:
                 code = launchers[node].wait(timeout=limit_seconds)
                 if not restarts or code != -signal.SIGKILL:
+                    (directory / f"launcher-{node}.code").write_text(str(code))
                     return code
+                # With that its node rank does not count any more.
+                commands[node].insert(len(command), "--standby")
                 launchers[node] = start(node)
 
         launchers = {node: start(node) for node in range(len(commands))}
@@ -314,6 +318,14 @@ def kill_workers(directory: Path, global_ranks: Sequence[int]) -> None:
     pids = {e["global_rank"]: e["pid"] for e in started}
     for rank in global_ranks:
         os.kill(pids[rank], signal.SIGKILL)
+
+
+def node_pids(directory: Path, node: int, global_ranks: Sequence[int]) -> list[int]:
+    """The agent of a node and its workers, as they are now."""
+    started = [e for e in events.read(directory) if e["kind"] == "started"]
+    pids = {e["global_rank"]: e["pid"] for e in started}
+    agent = int((directory / f"launcher-{node}.pid").read_text())
+    return [agent, *(pids[rank] for rank in global_ranks)]
 
 
 def kill_agent(directory: Path, node: int) -> None:

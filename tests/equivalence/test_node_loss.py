@@ -2,33 +2,65 @@
 its place and begins with the copies that the others hold.
 """
 
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_moetion.agent.standby import LAPSED_CODE
+from tests.waiting import readable
+
 from . import test_variants
-from .harness import CUTS, Run, Runner, assert_same_bits, follow, kill_agent, kill_workers
+from .harness import (
+    CUTS,
+    Run,
+    Runner,
+    assert_same_bits,
+    follow,
+    kill_agent,
+    kill_workers,
+    node_pids,
+)
 
 ITERATIONS = 44
 WINDOW = 3
-LOST = {6: 1, 27: 1}
-"""{iteration whose log line is waited for: node that is lost then}."""
+STALE = "stale.ended"
 
 
 def _lose(directory: Path) -> None:
-    lost = dict(LOST)
+    """Node 1 is killed with its agent, a standby takes its place, and the agent comes back as one
+    that stands by. Later the former standby is stopped, agent and workers alike, the one that came
+    back takes its place, and then what was stopped goes on.
+    """
+    stopped: list[int] = []
     for line in follow(directory / "log"):
-        for iteration in [i for i in lost if f" iteration {i:8d}/" in line]:
-            kill_agent(directory, lost.pop(iteration))
+        if " iteration        6/" in line:
+            kill_agent(directory, 1)
         # The new node's workers and the others are like any: in an iteration in which what they
         # had before is still needed, and in a later one.
         if " iteration       16/" in line:
             kill_workers(directory, [3])
+        if " iteration       27/" in line and not stopped:
+            stopped = node_pids(directory, 2, [2, 3])
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+        if " iteration       30/" in line:
+            (directory / STALE).write_text(str(_wake(stopped)))
         if " iteration       34/" in line:
             kill_workers(directory, [0, 2])
             return
+
+
+def _wake(pids: list[int]) -> bool:
+    """Let stopped processes go on, workers first; whether all end by themselves."""
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
+    ended = [readable(pidfd, 60) for pidfd in pidfds]
+    return all(ended)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -42,9 +74,16 @@ def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run, cut: str) -
         flags=flags,
         meddle=_lose,
         restarts=True,
+        standbys=1,
     )
-    assert run.code == 0, run.tail()
+    codes = [int((run.directory / f"launcher-{node}.code").read_text()) for node in range(3)]
+    assert codes == [0, 0, LAPSED_CODE], run.tail()
     assert [e["recovered"] for e in run.recoveries] == [[2, 3], [3], [2, 3], [0, 2]]
+    assert [e["why"].split(",")[0] for e in run.events("node-lost")] == [
+        "connection closed",
+        "silent for 4 s",
+    ]
+    assert (run.directory / STALE).read_text() == "True"
     assert_same_bits(run, off, ITERATIONS, lines_may_repeat=True)
 
 
@@ -70,8 +109,7 @@ def test_stages_that_are_lost_together_are_replayed_together(runner: Runner) -> 
     while what they need of the lost ones is what those have sent once more in their replay.
     """
     last = test_variants.ITERATIONS
-    off = runner.off("four-stages-off", iterations=last, flags=[], **FOUR_STAGES)
-    assert off.code == 0, off.tail()
+    off, *_ = test_variants.reference(runner, "four-stages")
     flags = ["--moetion", "--moetion-window", str(WINDOW), "--moetion-replicas", "1"]
     run = runner.run(
         "node-loss-joint",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Runner, assert_same_bits, kills
+from .harness import Run, Runner, assert_same_bits, kills
 from .test_identity import PLACES
 
 ITERATIONS = 14
@@ -70,16 +70,26 @@ def _at_every_place(name: str) -> list[tuple[int, int, str]]:
     return failures
 
 
+def reference(runner: Runner, name: str) -> tuple[Run, list[tuple[int, int, str]], int]:
+    """A variant trained without protection, with the failures that go with it and how many
+    iterations that takes.
+    """
+    options = dict(VARIANTS[name])
+    extra = options.pop("model_flags", [])
+    failures = _at_every_place(name) if name in EVERYWHERE else FAILURES
+    last = max(iteration for _, iteration, _ in failures) + 4
+    off = runner.off(f"{name}-off", iterations=last, flags=extra, **options)
+    assert off.code == 0, off.tail()
+    return off, failures, last
+
+
 @pytest.mark.parametrize(
     ("name", "cut"), [(n, cut) for n in VARIANTS for cut in CUTS.get(n, ("stage", "shard"))]
 )
 def test_a_variant_is_recovered_bit_for_bit(runner: Runner, name: str, cut: str) -> None:
     options = dict(VARIANTS[name])
     extra = options.pop("model_flags", [])
-    everywhere = _at_every_place(name) if name in EVERYWHERE else FAILURES
-    last = max(iteration for _, iteration, _ in everywhere) + 4
-    off = runner.off(f"{name}-off", iterations=last, flags=extra, **options)
-    assert off.code == 0, off.tail()
+    off, everywhere, last = reference(runner, name)
     failures, last = (FAILURES, ITERATIONS) if cut == "stage" else (everywhere, last)
     flags = [*extra, "--moetion", "--moetion-cut", cut, "--moetion-window", "4", *kills(*failures)]
     run = runner.run(f"{name}-{cut}", iterations=last, flags=flags, **options)

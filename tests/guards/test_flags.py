@@ -25,6 +25,8 @@ FLAGS = {
     "--moetion-memory": "auto|GIB",
     "--moetion-spill-interval": "N",
     "--moetion-export": "DIR",
+    "--moetion-hang-factor": "FACTOR",
+    "--moetion-max-retries": "N",
     "--moetion-timeout": "SECONDS",
     "--moetion-lease": "SECONDS",
 }

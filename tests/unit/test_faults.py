@@ -1,11 +1,14 @@
 """Fault scripts: what they mean, what is refused, and that each fires once, at its place."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from megatron_moetion.agent.hangs import STOPPED
+from megatron_moetion.agent.watch import state_of
 from megatron_moetion.faults import (
     COUNTED,
     KINDS,
@@ -37,7 +40,7 @@ def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> Non
     [
         (
             "boom:global_rank=3,iteration=7,at=end",
-            "kind 'boom' is none of kill, raise, exit, corrupt",
+            "kind 'boom' is none of kill, raise, exit, exit0, oom, stop, spin, corrupt",
         ),
         ("corrupt:global_rank=3,iteration=7,at=end", "'end' is none of capture, transfer, stored"),
         ("corrupt:global_rank=3,iteration=7,at=stored", "take copy=K, and need it"),
@@ -98,17 +101,48 @@ def test_a_replacement_does_not_fire_what_has_fired_but_the_rest_of_the_script()
         replacement.reach("end", 3)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("exit", 3)])
+@pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("exit", 3), ("exit0", 0)])
 def test_a_process_ends_at_once_and_the_report_comes_first(kind: str, code: int) -> None:
+    process = firing(kind)
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (code, "fired 0\n"), errors
+
+
+def firing(kind: str) -> subprocess.Popen[str]:
     program = (
         "from megatron_moetion.faults import *\n"
         f"script = parse('{kind}:global_rank=0,iteration=1,at=end')\n"
         "Injector(script, 0, (), lambda i, f: print('fired', i, flush=True)).reach('end', 1)\n"
         "print('still here')"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout) == (code, "fired 0\n"), done.stderr
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_a_stopped_process_goes_on_if_somebody_has_it_go_on() -> None:
+    process = firing("stop")
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    assert state_of(process.pid) == STOPPED
+    process.send_signal(signal.SIGCONT)
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (0, "fired 0\nstill here\n"), errors
+
+
+def test_a_process_that_spins_burns_its_processor_and_ends_by_a_signal_alone() -> None:
+    process = firing("spin")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "fired 0\n"
+    assert process.poll() is None
+    assert state_of(process.pid) in "RS"
+    process.kill()
+    output, _ = process.communicate()
+    assert (process.returncode, output) == (-9, "")
 
 
 def test_agents_damage_the_copies_that_the_script_names_once_each() -> None:

@@ -138,7 +138,7 @@ class Worker:
             self.recover({})
         else:
             self.save()
-        while self.iteration < self.args.iterations:
+        while self.iteration < self.last():
             if self.progress.begin(self.iteration + 1):
                 self.link.send({"op": "steady"})
             self.progress.at("forward", self.iteration + 1, 0)
@@ -148,6 +148,18 @@ class Worker:
                 self.save()
         self.log.emit("finished", iteration=self.iteration, pid=os.getpid())
         self.link.send({"op": "finished"})
+
+    def last(self) -> int:
+        """The last iteration. With --until, rank 0 sees the file and all are told in time."""
+        until = self.args.until
+        if until is None:
+            return self.args.iterations
+        if not self.store.check(["over"]):
+            if RANK == 0 and until.exists():
+                # Nobody is further than one iteration from anybody else.
+                self.store.set("over", str(self.iteration + 3))
+            return self.iteration + 1
+        return int(self.store.get("over"))
 
     def notice(self, message: dict) -> None:
         assert message["op"] == "freeze", message
@@ -214,6 +226,7 @@ def main() -> None:
     parser.add_argument("--moetion-cut")
     parser.add_argument("--moetion-spill-interval")
     parser.add_argument("--spill-at", type=int, help="offer a window that ends there")
+    parser.add_argument("--until", type=Path, help="train until there is such a file")
     parser.add_argument("--leave-behind", action="store_true", help="a process of its own session")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds for each iteration")
     parser.add_argument("--ignore-sigterm", action="store_true")

@@ -6,6 +6,8 @@ import contextlib
 import os
 import secrets
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing import AuthenticationError
@@ -20,6 +22,7 @@ from tests.agents_here import SECRET, AgentsHere
 
 SHORT = timedelta(seconds=0.5)
 LONG = timedelta(seconds=60)
+WAIT_SECONDS = 20
 
 
 @pytest.fixture
@@ -45,8 +48,16 @@ def is_served(agents: AgentsHere) -> bool:
     return answer == "missing"
 
 
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def assert_no_thread_is_left(before: set[threading.Thread]) -> None:
+    """Every thread that has begun since ends, in time: those of connections that have ended."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    for thread in threads() - before:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), f"{thread} waits for ever"
 
 
 def test_a_knock_is_made_and_known_by_the_secret_only() -> None:
@@ -115,7 +126,7 @@ def test_half_a_message_behind_a_knock_is_ended_in_time(made: list[AgentsHere]) 
             pass
     agents.await_count(0, "strangers", 1)
     assert is_served(agents)
-    assert threads() <= before + 1
+    assert_no_thread_is_left(before)
 
 
 def test_a_thousand_silent_connections_cost_no_thread_and_keep_nobody_waiting(
@@ -131,7 +142,7 @@ def test_a_thousand_silent_connections_cost_no_thread_and_keep_nobody_waiting(
         # all of them, since it serves in order of arrival.
         agents.await_count(0, "strangers displaced", 1000 - MAX_WAITING)
         assert is_served(agents)
-        assert threads() <= before + 2
+        assert_no_thread_is_left(before)
 
 
 def test_somebody_who_reads_nothing_holds_up_nobody_else(made: list[AgentsHere]) -> None:

@@ -118,6 +118,15 @@ def test_notices_that_came_before_anybody_listened_are_delivered_first_and_in_or
     link.close()
 
 
+def test_a_ping_is_answered_before_anybody_listens(agent: Agent) -> None:
+    link = agent.connect()
+    agent.accepted.wait()
+    assert agent.channel is not None
+    agent.channel.send({"op": "ping", "number": 3})
+    assert agent.got.get(timeout=30) == {"op": "pong", "number": 3}
+    link.close()
+
+
 def test_bytes_follow_a_reply(agent: Agent) -> None:
     link = agent.connect()
     agent.payload = os.urandom(100_000)

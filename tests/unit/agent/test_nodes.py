@@ -35,14 +35,13 @@ class Nodes:
     Args:
         directory: of the run's events; beside it is the agents' folder for temporary files.
         script: arguments of the stub.
-        iterations: of the training.
     """
 
-    def __init__(self, directory: Path, *script: str, iterations: int = FOR_EVER) -> None:
+    def __init__(self, directory: Path, *script: str) -> None:
         self.directory, self.temporary = directory / "run", directory / "tmp"
         self.temporary.mkdir()
         self.argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(free_port())]
-        self.script = protected(self.directory, iterations=iterations)
+        self.script = protected(self.directory, iterations=FOR_EVER)
         self.script += ["--pace", "0.05", "--moetion-lease", str(LEASE), *script]
         self.all: list[Process] = []
 
@@ -112,8 +111,8 @@ Make = Callable[..., Nodes]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Nodes] = []
 
-    def make(*script: str, **options: int) -> Nodes:
-        made.append(Nodes(tmp_path, *script, **options))
+    def make(*script: str) -> Nodes:
+        made.append(Nodes(tmp_path, *script))
         return made[-1]
 
     yield make
@@ -135,7 +134,7 @@ def test_standbys_take_the_places_of_lost_nodes_in_turn_and_all_end_with_the_job
     first, second = nodes.standby(1), nodes.standby(2)
     assert [event["ahead"] for event in nodes.until("parked", 2)] == [0, 1]
 
-    extra = nodes.start("--node-rank", "1", label="extra")
+    extra = nodes.start("--spares", "0", "--node-rank", "1", label="extra")
     code, lines = ended(extra)
     assert code == 1
     (line,) = lines
@@ -214,17 +213,21 @@ def test_the_loss_of_node_0_ends_all_others_within_a_lease_and_says_what_is_inta
     assert "the leader" in lines[-1]
 
 
-def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(make: Make) -> None:
+def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(
+    make: Make, tmp_path: Path
+) -> None:
     # Under the stage cut no node is replaced, and a standby disturbs nobody.
-    nodes = make("--moetion-replicas", "1", "--leave-behind", iterations=80)
+    over = tmp_path / "over"
+    nodes = make("--moetion-replicas", "1", "--leave-behind", "--until", str(over))
     zero, one = nodes.members()
     standby = nodes.standby()
+    over.touch()
     assert ended(zero)[0] == ended(one)[0] == 0
     code, lines = ended(standby)
     assert code == 0
-    (in_vain, over) = lines
+    in_vain, dismissed = lines
     assert "standing by in vain: this job replaces no node" in in_vain
-    assert over == "moetion-run: the job is over; this standby ends with it"
+    assert dismissed == "moetion-run: the job is over; this standby ends with it"
     nodes.assert_nothing_is_left()
     left = [int(path.read_text()) for path in nodes.directory.parent.glob("left-*")]
     assert len(left) == 2
@@ -233,11 +236,15 @@ def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(make: M
 
 def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(make: Make) -> None:
     nodes = make(*SHARD, "--ignore-sigterm")
-    early = nodes.start("--standby", label="spare")
+    early = nodes.start("--standby", "--spares", "0", label="spare")
     zero, one = nodes.members("--spares", "1")
     nodes.until("parked", 1)
     early.send_signal(signal.SIGINT)
     assert ended(early, END_SECONDS)[0] == 128 + signal.SIGINT
+    one.kill()
+    nodes.until("node-lost", 1)
+    one = nodes.start("--node-rank", "1", label="started by somebody")
+    nodes.until("resumed", 1, recovered=[1])
     one.send_signal(signal.SIGINT)
     signalled = time.monotonic()
     codes = [ended(process)[0] for process in (zero, one)]

@@ -39,6 +39,23 @@ def test_results_and_errors_are_those_of_the_call() -> None:
     assert waits.all_ended()
 
 
+def test_whoever_wants_to_know_is_told_how_many_wait(pool: ThreadPoolExecutor) -> None:
+    waits, told = Waits(), []
+    waits.on_change = told.append
+    waits.run(lambda: waits.run(lambda: 7))
+    with pytest.raises(ZeroDivisionError):
+        waits.run(lambda: 1 // 0)
+    assert told == [1, 2, 1, 0, 1, 0]
+    blocked = Blocked()
+    waiting = pool.submit(waits.run, blocked)
+    blocked.begun.wait()
+    waits.call_off(1, Wait.INSIDE)
+    # One that is left alone waits no more.
+    assert isinstance(waiting.exception(timeout=30), Interrupted)
+    assert told[-2:] == [1, 0]
+    blocked.let_go.set()
+
+
 def test_a_wait_is_called_off_and_its_call_left_alone(pool: ThreadPoolExecutor) -> None:
     waits, blocked = Waits(), Blocked()
     waiting = pool.submit(waits.run, blocked)
