@@ -77,7 +77,7 @@ def reference(runner: Runner, name: str) -> tuple[Run, list[tuple[int, int, str]
     options = dict(VARIANTS[name])
     extra = options.pop("model_flags", [])
     failures = _at_every_place(name) if name in EVERYWHERE else FAILURES
-    last = max(iteration for _, iteration, _ in failures) + 4
+    last = max(ITERATIONS, max(iteration for _, iteration, _ in failures) + 4)
     off = runner.off(f"{name}-off", iterations=last, flags=extra, **options)
     assert off.code == 0, off.tail()
     return off, failures, last

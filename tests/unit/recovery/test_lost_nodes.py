@@ -154,8 +154,8 @@ def test_lost_ranks_take_part_in_whatever_the_others_wait_for(policy: WindowPoli
         if where.iteration == plan.committed:
             assert needs_result(where, plan.committed, dead=True)
         else:
-            assert where == Position(plan.committed + 1, Progress.BEFORE_COMMIT, plan.committed,
-                                     plan.committed)  # fmt: skip
+            at = plan.committed
+            assert where == Position(at + 1, Progress.BEFORE_COMMIT, at, at, ended=(at + 1, 0))
             assert all(p.iteration > plan.committed for p in facts.positions.values())
 
     check()
@@ -231,7 +231,7 @@ def test_without_the_begin_of_the_committed_iteration_nobody_may_wait_in_it() ->
     late = Position(8, Progress.AFTER_STEP, 8, 7)
     begun = {1: frozenset({4, 5, 6, 7})}
     lacking = facts((), (1,), starts=begun)
-    assert entered(lacking, 1) == Position(9, Progress.BEFORE_COMMIT, 8, 8)
+    assert entered(lacking, 1) == Position(9, Progress.BEFORE_COMMIT, 8, 8, ended=(9, 0))
     with pytest.raises(NothingToRebuildFrom, match=r"begin with by rank: since \{1: 9\}"):
         make_plan(lacking, LINE)
     waiting = replace(lacking, positions={**lacking.positions, 0: late})
