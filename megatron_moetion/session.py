@@ -135,15 +135,14 @@ class Session:
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
         """A place that the agent is to see. A scripted fault may fire here; never in replay."""
-        if self.cursor.mode is not Mode.LIVE:
+        if self.cursor.mode is not Mode.LIVE and not self.interludes.inside:
             self.job.progress.moved()
-        if self.cursor.mode is Mode.LIVE or self.interludes.inside:
+        else:
             # The gather of step i may run inside iteration i + 1, overlapped with its forward
             # passes.
             gather = place == "param-gather"
             iteration = self._position.committed if gather else self._position.iteration
-            if self.cursor.mode is Mode.LIVE:
-                self.job.progress.at(place, iteration, microbatch)
+            self.job.progress.at(place, iteration, microbatch)
             self.job.injector.reach(place, iteration, microbatch)
 
     def begin(self, iteration: int) -> None:
@@ -615,7 +614,7 @@ class Session:
         else:
             known = entered(facts, self.job.global_rank)
         self._began_here = known.committed
-        return replace(known, ended=(known.iteration, 0), told=(known.iteration, 0))
+        return known
 
     def _next_facts(self, epoch: int) -> Facts:
         epoch = self.job.notices.failure(Interrupted("superseded"), epoch)

@@ -13,7 +13,6 @@ from megatron.training import training as host_training
 from megatron.training.global_vars import get_args
 
 from megatron_moetion.interlude import Interlude
-from megatron_moetion.progress import EVALUATION, SAVING
 from megatron_moetion.unfinished import Unfinished
 
 from . import training as t
@@ -26,7 +25,7 @@ def evaluation(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     iterators = args[2] if isinstance(args[2], list) else [args[2]]
 
     def run(say: Callable[[str], None]) -> None:
-        with t.job().progress.aside(EVALUATION), _last_rank_says(say):
+        with _last_rank_says(say):
             host(*args, **kwargs)
 
     say = host_training.print_rank_last
@@ -55,9 +54,8 @@ def saving(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     session = t.SESSION
 
     def run(say: Callable[[str], None]) -> None:
-        with t.job().progress.aside(SAVING):
-            session.interludes.count("save")
-            host(*args, **kwargs)
+        session.interludes.count("save")
+        host(*args, **kwargs)
 
     files = _files(args[0], kwargs.get("non_persistent_ckpt", False))
     interlude = Interlude("save", run, note=files.note, again=files.again)

@@ -171,10 +171,9 @@ def counted(place: str) -> Callable[..., Any]:
     def handler(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if SESSION is not None:
             live = SESSION.cursor.mode is Mode.LIVE
-            if place == "forward" and SESSION.interludes.inside:
+            SESSION.reached(place, SESSION.cursor.take(place) if live else None)
+            if not live and place == "forward":
                 SESSION.interludes.count("evaluate")
-            else:
-                SESSION.reached(place, SESSION.cursor.take(place) if live else None)
         return host(*args, **kwargs)
 
     return handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ class OneGate:
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
         self.places.append((place, microbatch))
+
+    def aside(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def hopeless(self, reason: str) -> None:
         self.lost.append(reason)
