@@ -108,6 +108,14 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Evict:
+    """Take a node's place away, as if it were lost: nothing can be trained there."""
+
+    node_rank: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Gather:
     """Ask every agent for its inventories."""
 
@@ -139,4 +147,4 @@ class End:
     fired: tuple[int, ...] = ()
 
 
-Command = Notify | Replace | Gather | Record | End
+Command = Notify | Replace | Evict | Gather | Record | End

@@ -94,6 +94,13 @@ class Seating:
         if seated is not None:
             self._seat(seated)
 
+    def evict(self, node_rank: int, why: str) -> None:
+        """An agent that is there loses its place; it hears why, and ends."""
+        channel = self._peers.get(node_rank)
+        if channel is not None:
+            self._refuse(channel, why)
+            self._post(PeerGone(why, channel))
+
     def dismiss(self, order: Message) -> None:
         """The job ends, and whoever stands by ends with it."""
         seated = set(map(id, self._peers.values()))
