@@ -103,6 +103,8 @@ class Seating:
 
     def dismiss(self, order: Message) -> None:
         """The job ends, and whoever stands by ends with it."""
+        # They stop their beats, and what this agent has still to end may take longer than a lease.
+        self.leases.stop()
         seated = set(map(id, self._peers.values()))
         for channel in [c for c in self._channels.values() if id(c) not in seated]:
             with contextlib.suppress(OSError):
