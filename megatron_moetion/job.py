@@ -24,6 +24,7 @@ from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.config import Config, Cut
 from megatron_moetion.events import EventLog
 from megatron_moetion.faults import Fault, Injector, parse
+from megatron_moetion.health import probe
 from megatron_moetion.progress import Progress
 from megatron_moetion.recovery.failure import Superseded
 from megatron_moetion.recovery.plan import Facts, FrameInfo, Position
@@ -233,6 +234,15 @@ class Job:
         )
 
 
+def take_on(link: AgentLink, device: torch.device, timeout: timedelta) -> None:
+    """Returns if a replacement's device works; else says so to the agent, and ends this process."""
+    reason = probe(device, timeout)
+    if reason is not None:
+        link.send({"op": "unfit", "reason": reason})
+        # Nothing is to be cleaned up, and a device that does not answer would hold it up.
+        os._exit(1)
+
+
 def open_job(
     config: Config,
     global_rank: int,
@@ -240,6 +250,7 @@ def open_job(
     on_map: Callable[[torch.Tensor], None] | None = None,
     on_unmap: Callable[[torch.Tensor], None] | None = None,
     identity: Mapping[str, str] | None = None,
+    device: torch.device | None = None,
 ) -> Job:
     """Connects to the agent of this node, or works without one.
 
@@ -249,6 +260,7 @@ def open_job(
         on_map: called once with each new chunk of host memory, to register it as pinned memory.
         on_unmap: called with those of them that are given back.
         identity: flags and versions that a later run must share to go on from what this one spills.
+        device: of this rank; a replacement ends here when it is broken.
     """
     link = AgentLink.connect()
     epoch = int(os.environ.get("MOETION_EPOCH", "0"))
@@ -271,6 +283,8 @@ def open_job(
             # Another launcher does not know in which epoch it starts its workers.
             epoch = welcome["epoch"]
     replacement = epoch > 0
+    if replacement and link is not None and device is not None:
+        take_on(link, device, config.timeout)
     vault = (
         LocalVault(global_rank, on_map, on_unmap)
         if link is None

@@ -122,6 +122,14 @@ class Expel:
 
 
 @dataclass(frozen=True)
+class Evict:
+    """Take a node's place away, as if it were lost: nothing can be trained there."""
+
+    node_rank: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Gather:
     """Ask every agent for its inventories."""
 
@@ -155,4 +163,4 @@ class End:
     trace: Trace | None = None
 
 
-Command = Notify | Replace | Expel | Gather | Record | End
+Command = Notify | Replace | Expel | Evict | Gather | Record | End

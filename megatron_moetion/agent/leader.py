@@ -17,6 +17,7 @@ from megatron_moetion.agent.decision import (
     Command,
     End,
     Event,
+    Evict,
     Exited,
     Expel,
     Expired,
@@ -283,6 +284,9 @@ class Leader:
                     self._kill(rank)
             case Gather():
                 self._everywhere({"op": "gather", "epoch": command.epoch})
+            case Evict():
+                order = {"op": "evict", "node_rank": command.node_rank, "why": command.why}
+                self._send(self._members.own_node_rank, order)
             case Record():
                 self._record(command.kind, command.fields)
             case End():

@@ -101,10 +101,17 @@ class Leases:
         self._table = Table(self._seconds)
         self._silent = silent
         self._changed = threading.Condition()
+        self._stopped = False
 
     def start(self) -> None:
-        """Look after the leases for as long as the process lives."""
+        """Look after the leases until `stop`."""
         threading.Thread(target=self._watch, name="moetion-leases", daemon=True).start()
+
+    def stop(self) -> None:
+        """The job ends: whoever is not heard any more has ended, too."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
 
     def grant(self, agent: str) -> bool:
         """See `Table.grant`."""
@@ -143,6 +150,8 @@ class Leases:
                 if overslept > longest:
                     # This process was stopped, and what was sent meanwhile is still to be read.
                     self._table.excuse(overslept, now())
+                if self._stopped:
+                    return
                 silent = self._table.take_silent(now())
             for agent in silent:
                 self._silent(agent)

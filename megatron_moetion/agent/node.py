@@ -418,6 +418,8 @@ class Node:
             case "refused":
                 print(f"moetion-run: error: {order['reason']}", file=sys.stderr)
                 self._end(order["reason"], 1)
+            case "evict" if self._seating is not None:
+                self._seating.evict(order["node_rank"], order["why"])
             case "evicted":
                 self._equipment.evicted(order["node_rank"], order["tenure"])
             case "moved":

@@ -13,6 +13,7 @@ from megatron_moetion.agent.decision import (
     Command,
     End,
     Event,
+    Evict,
     Exited,
     Expel,
     Expired,
@@ -240,6 +241,8 @@ class Round:
                 self._traces.raised(rank, message["trace"], message["echo"])
             case "damaged":
                 return self._damaged(message)
+            case "unfit":
+                return self._unfit(rank, str(message["reason"]))
             case "hopeless":
                 lost = bool(message.get("state_lost"))
                 return self._hopeless(str(message["reason"]), state_lost=lost)
@@ -253,6 +256,15 @@ class Round:
             case other:
                 return self._hopeless(f"rank {rank} sent an unknown message {other!r}")
         return []
+
+    def _unfit(self, rank: int, reason: str) -> list[Command]:
+        """A replacement was not taken on, as its device is broken."""
+        node_rank = next(n for n, ranks in enumerate(self._nodes) if rank in ranks)
+        why = f"rank {rank} of node {node_rank}: {reason}"
+        if not self._replaces_nodes or node_rank == 0:
+            # Node 0 hosts the store.
+            return self._hopeless(f"{why}, and no other node can take its place", state_lost=True)
+        return [Record("unfit", {"epoch": self.epoch, "why": why}), Evict(node_rank, why)]
 
     def _answer(self, rank: int, op: str, message: Mapping[str, Any]) -> list[Command]:
         awaited = {

@@ -94,8 +94,17 @@ class Seating:
         if seated is not None:
             self._seat(seated)
 
+    def evict(self, node_rank: int, why: str) -> None:
+        """An agent that is there loses its place; it hears why, and ends."""
+        channel = self._peers.get(node_rank)
+        if channel is not None:
+            self._refuse(channel, why)
+            self._post(PeerGone(why, channel))
+
     def dismiss(self, order: Message) -> None:
         """The job ends, and whoever stands by ends with it."""
+        # They stop their beats, and what this agent has still to end may take longer than a lease.
+        self.leases.stop()
         seated = set(map(id, self._peers.values()))
         for channel in [c for c in self._channels.values() if id(c) not in seated]:
             with contextlib.suppress(OSError):

@@ -483,7 +483,9 @@ def open_job(config: Config, args: Any) -> None:
         sys.excepthook = _end_now
     pinned = torch.cuda.is_available() and torch.version.cuda and not _rehearsing()
     on_map, on_unmap = (register_pinned, unregister_pinned) if pinned else (None, None)
-    JOB = jobs.open_job(config, args.rank, args.world_size, on_map, on_unmap, identity(args))
+    device = torch.device("cuda", torch.cuda.current_device()) if pinned else torch.device("cpu")
+    known = (on_map, on_unmap, identity(args), device)
+    JOB = jobs.open_job(config, args.rank, args.world_size, *known)
 
 
 def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

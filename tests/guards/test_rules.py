@@ -30,6 +30,8 @@ BROAD_EXCEPTS = {
     ("megatron_moetion/interception.py", "apply"): "rows applied so far are put back",
     # Ends the process: going on without notices would be a hang.
     ("megatron_moetion/agent/link.py", "_listen"): "the listener must not die alone",
+    # Whatever a device raises is what is wrong with it; the rank is not taken on.
+    ("megatron_moetion/health.py", "_try"): "a broken device is reported, not used",
     # A failing snapshot never raises into training; it is counted and reported.
     ("megatron_moetion/snapshot/copier.py", "_finish"): "an unsealed frame is reported, not used",
 }

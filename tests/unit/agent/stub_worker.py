@@ -26,6 +26,7 @@ from megatron_moetion.agent import leaving
 from megatron_moetion.agent.link import AgentLink
 from megatron_moetion.agent.shelf import agent_vault
 from megatron_moetion.events import EventLog
+from megatron_moetion.job import take_on
 from megatron_moetion.progress import Progress
 from megatron_moetion.vault.budget import Claim, Need
 
@@ -51,6 +52,13 @@ class Worker:
             replacement=self.replacement,
             **{key: value for key, value in self.welcome.items() if key not in ("op", "id")},
         )
+        broken = self.replacement and args.broken is not None and args.broken.exists()
+        if broken:
+            # A kind of device that no machine here has.
+            args.broken.unlink()
+        if self.replacement:
+            device = torch.device("ipu" if broken else "cpu")
+            take_on(link, device, timedelta(seconds=args.moetion_timeout or 600))
         self.vault = agent_vault(link, RANK)
         self.epoch = self.welcome["epoch"]
         self.store = TCPStore(
@@ -227,6 +235,7 @@ def main() -> None:
     parser.add_argument("--moetion-spill-interval")
     parser.add_argument("--spill-at", type=int, help="offer a window that ends there")
     parser.add_argument("--until", type=Path, help="train until there is such a file")
+    parser.add_argument("--broken", type=Path, help="the next replacement's device is broken")
     parser.add_argument("--leave-behind", action="store_true", help="a process of its own session")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds for each iteration")
     parser.add_argument("--ignore-sigterm", action="store_true")

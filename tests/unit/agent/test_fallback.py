@@ -33,6 +33,6 @@ def test_it_is_the_same_process_with_the_same_command_line() -> None:
 
 
 def test_no_child_sees_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "[6, []]")
-    assert inherited() == FallBack(6, ())
+    monkeypatch.setenv(VARIABLE, "[6, [], 2]")
+    assert inherited() == FallBack(6, (), node_rank=2)
     assert VARIABLE not in os.environ

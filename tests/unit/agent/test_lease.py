@@ -118,6 +118,16 @@ def test_beats_keep_a_lease_and_silence_ends_it_on_both_sides() -> None:
     assert lapsed.empty(), "an agent whose job is over does not lapse"
 
 
+def test_the_end_of_the_job_ends_the_leases_before_anybody_is_missed() -> None:
+    leader, lapsed = Leader(), queue.SimpleQueue()
+    pulse, _ = leader.pulse("x", lapsed)
+    leader.leases.stop()
+    pulse.stop()
+    with pytest.raises(queue.Empty):
+        leader.silent.get(timeout=2 * SHORT.total_seconds())
+    assert lapsed.empty()
+
+
 STOPPED = """
 import os, signal, socket, sys
 from multiprocessing.connection import Connection

@@ -44,6 +44,7 @@ class Nodes:
         self.script = protected(self.directory, iterations=FOR_EVER)
         self.script += ["--pace", "0.05", "--moetion-lease", str(LEASE), *script]
         self.all: list[Process] = []
+        self.leader: Process | None = None
 
     def start(self, *words: str, label: str) -> Process:
         argv = [*self.argv, *words, "--failure-domain", label]
@@ -54,6 +55,7 @@ class Nodes:
     def members(self, *words: str) -> tuple[Process, Process]:
         """Nodes 0 and 1, once both train."""
         zero, one = (self.start(*words, "--node-rank", str(n), label=f"rack-{n}") for n in range(2))
+        self.leader = zero
         self.until("welcome", 2)
         return zero, one
 
@@ -71,8 +73,9 @@ class Nodes:
             if len(found) >= number:
                 return found
             assert time.monotonic() < limit, f"no {kind} {fields}"
+            assert self.leader is not None
             try:
-                code = self.all[0].wait(TICK_SECONDS)
+                code = self.leader.wait(TICK_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
             raise AssertionError(f"the leader ended with {code} and there was no {kind} {fields}")
@@ -234,8 +237,11 @@ def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(
     assert all(gone(pid) for pid in left)
 
 
-def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(make: Make) -> None:
-    nodes = make(*SHARD, "--ignore-sigterm")
+def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(
+    make: Make, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    nodes = make(*SHARD, "--ignore-sigterm", "--broken", str(broken))
     early = nodes.start("--standby", "--spares", "0", label="spare")
     zero, one = nodes.members("--spares", "1")
     nodes.until("parked", 1)
@@ -245,6 +251,19 @@ def test_ctrl_c_at_any_agent_ends_the_job_and_one_that_stands_by_just_leaves(mak
     nodes.until("node-lost", 1)
     one = nodes.start("--node-rank", "1", label="started by somebody")
     nodes.until("resumed", 1, recovered=[1])
+
+    # Its worker dies, and the replacement finds the device broken: the node is given up.
+    standby = nodes.standby(2)
+    broken.touch()
+    os.kill(nodes.worker(1), signal.SIGKILL)
+    nodes.until("resumed", 2, recovered=[1])
+    assert [event["node_rank"] for event in nodes.until("node-lost", 2)] == [1, 1]
+    code, lines = ended(one)
+    assert code == 1
+    (line,) = [line for line in lines if "error" in line]
+    assert "error: rank 1 of node 1: device ipu is broken" in line
+
+    one = standby
     one.send_signal(signal.SIGINT)
     signalled = time.monotonic()
     codes = [ended(process)[0] for process in (zero, one)]

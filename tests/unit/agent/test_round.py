@@ -15,6 +15,7 @@ from megatron_moetion.agent.decision import (
     Command,
     End,
     Event,
+    Evict,
     Exited,
     Expel,
     Expired,
@@ -631,3 +632,26 @@ def test_how_far_logs_reach_back_is_known_of_all_but_lost_ranks() -> None:
     (facts,) = notices(leader.feed(answer), "facts")
     assert facts.message["logged"] == {"0": 3, "1": 4}
     assert facts.message["starts"] == {"2": [3, 4, 5, 6]}
+
+
+def test_a_node_with_a_broken_device_loses_its_place_where_another_can_take_it() -> None:
+    leader = Round(NODES, replaces_nodes=True)
+    leader.feed(die(3))
+    said = say(3, "unfit", reason="device cuda:1 is broken: no answer")
+    why = "rank 3 of node 1: device cuda:1 is broken: no answer"
+    assert Evict(1, why) in leader.feed(said)
+    assert leader.phase is Phase.PLANNING
+    # From here on it is a lost node like any other.
+    assert notices(leader.feed(AgentLost(1, why)), "freeze")[0].message["dead"] == [2, 3]
+
+
+@pytest.mark.parametrize(("rank", "replaces_nodes"), [(3, False), (0, True)])
+def test_elsewhere_a_broken_device_ends_the_job_with_its_name(
+    rank: int, replaces_nodes: bool
+) -> None:
+    leader = Round(NODES, replaces_nodes=replaces_nodes)
+    leader.feed(die(rank))
+    (end,) = ends(leader.feed(say(rank, "unfit", reason="device cuda:1 is broken: no answer")))
+    assert f"rank {rank} of node {rank // 2}: device cuda:1 is broken" in end.reason
+    assert end.code == 137
+    assert end.state_lost
