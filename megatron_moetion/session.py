@@ -548,6 +548,8 @@ class Session:
         """Passes when recovery was cut short by another failure or a damaged entry, to be begun
         again under another epoch; anything else is raised again.
         """
+        # The traceback holds groups that were given up, with their threads and connections.
+        traceback.clear_frames(error.__traceback__)
         if isinstance(error, Superseded):
             return
         if isinstance(error, CorruptEntry):

@@ -50,6 +50,8 @@ class _Call:
             outcome = None, error
         self.ended = True
         self.outcome.put(outcome)
+        # An error and this frame, which is in its traceback, would keep each other, and groups.
+        del outcome, self
 
 
 class _Stand:
@@ -120,10 +122,14 @@ class Waits:
         if outcome is None:
             raise Interrupted(f"a peer was lost while {call.kind.value}")
         value, error = outcome
-        if error is not None:
-            raise error
-        result: T = value
-        return result
+        try:
+            if error is not None:
+                raise error
+            result: T = value
+            return result
+        finally:
+            # As in `_Call.run`.
+            del outcome, error
 
     def call_off(self, epoch: int, *kinds: Wait) -> None:
         """Ends waits of these kinds on groups of earlier epochs, those under way and all later."""

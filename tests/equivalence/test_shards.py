@@ -12,7 +12,7 @@ from megatron_moetion import digest
 
 from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
 from .noisy_pretrain import REBUILT
-from .test_identity import BOTH_STAGES, _everywhere
+from .test_identity import BOTH_STAGES, PLACES, _everywhere
 
 NOISY = Path(__file__).with_name("noisy_pretrain.py")
 WINDOW = 4
@@ -21,6 +21,9 @@ STEADY = ["--moetion-window", str(WINDOW), "--moetion-popularity", "none"]
 SHARD = ["--moetion", "--moetion-cut", "shard", *STEADY]
 UPDATED_BEFORE = ("optimizer", "param-gather", "capture")
 """Places of a kill behind which the dead rank's last frame lacks, so that its update is lost."""
+
+AGENT_MAY_GROW_BYTES = 16 << 20
+"""In 16 recoveries: what allocators keep. Frames, logs and sockets are counted exactly."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,22 @@ def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> N
         # If an update is lost, everybody makes it undone, from its own frames.
         assert rebuilt == (set(here) if lost else {f"rank{rank}"}), (place, here)
         assert all(at - here[who]["base"] < WINDOW for who in rebuilt)
+
+
+def test_sixteen_recoveries_leave_no_thread_connection_or_file_behind(killed: Run) -> None:
+    counts: dict[str, set[tuple[int, ...]]] = {}
+    for e in killed.events("holds"):
+        # Chunks of arenas are files, mapped as they are used; `assert_within_claim` bounds them.
+        files = e["files"] - e["memfds"]
+        here = (e["threads"], e["children"], e["sockets"], files)
+        counts.setdefault(e["who"], set()).add(here)
+    assert set(counts) == {"agent-0", "rank0", "rank1", "rank2", "rank3"}
+    assert {who: here for who, here in counts.items() if len(here) != 1} == {}
+    agent = [e for e in killed.events("holds") if e["who"] == "agent-0"]
+    assert len(agent) == len(killed.recoveries) == 2 * len(PLACES)
+    # A process reads what it maps from the agent, which holds all there is.
+    assert max(e["memfds"] for e in killed.events("holds")) <= agent[-1]["memfds"]
+    assert agent[-1]["resident_bytes"] - agent[1]["resident_bytes"] < AGENT_MAY_GROW_BYTES
 
 
 def test_nothing_that_crosses_stages_is_logged_and_frames_are_what_the_formula_says(

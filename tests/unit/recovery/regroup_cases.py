@@ -5,6 +5,7 @@ Usage: regroup_cases.py GLOBAL_RANK STORE_PORT. Prints one JSON object: {case: o
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # as in job.py
 
+from megatron_moetion.holdings import holdings
 from megatron_moetion.recovery.abort import NO_PORT
 from megatron_moetion.recovery.failure import is_communication_error
 from megatron_moetion.recovery.regroup import GroupRecorder
@@ -93,6 +95,11 @@ class Rank:
         tensor = torch.tensor([self.global_rank + 1.0])
         dist.all_reduce(tensor, group=group)
         return float(tensor)
+
+    def holds(self) -> dict[str, int]:
+        """What there is between two recoveries; nothing waits for the collector to be let go."""
+        self.recorder.forget_stale()
+        return {name: n for name, n in holdings().items() if name != "resident_bytes"}
 
     def abort_wakes(self, group: Any) -> str:
         """Aborts while a thread of this rank waits in a receive that nobody answers."""
@@ -176,11 +183,18 @@ def main(global_rank: int, store_port: int) -> dict[str, Any]:
     wakes = [rank.abort_wakes(rank.pair)]
     first = rank.regroup(1)
     wakes.append(rank.abort_wakes(rank.pair))
-    wakes.append(rank.give_up(2))
-    second = rank.regroup(3)
-    rank.recorder.forget_stale()
+    rank.regroup(2)
+    # What only the collector would let go stays until its next full run, which may be hours away.
+    gc.disable()
+    rank.regroup(3)
+    rank.holds()
+    gc.collect()
+    held = [rank.holds()]
+    wakes.append(rank.give_up(4))
+    second = rank.regroup(5)
+    held.append(rank.holds())
     dist.destroy_process_group()
-    return {"before": before, "wakes": wakes, "first": first, "second": second}
+    return {"before": before, "wakes": wakes, "first": first, "second": second, "held": held}
 
 
 if __name__ == "__main__":
