@@ -151,7 +151,9 @@ class Session:
         self.cursor.mode = Mode.LIVE
         self.job.groups.forget_stale()
         if iteration == self._quiet:
-            self.job.events.emit("holds", epoch=self._handled, **holdings())
+            # While one is left alone, the groups of its time are kept.
+            alone = self.job.groups.waits.num_alone()
+            self.job.events.emit("holds", epoch=self._handled, left_alone=alone, **holdings())
         # Before anything new is logged: what is claimed at the start counts on that.
         timeline = self.steering.timeline
         self.job.vault.drop(timeline.oldest(iteration))

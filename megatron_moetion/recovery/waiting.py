@@ -146,9 +146,13 @@ class Waits:
 
     def all_ended(self) -> bool:
         """Whether every call that was left alone has ended since."""
+        return not self.num_alone()
+
+    def num_alone(self) -> int:
+        """Calls that were left alone and have not ended."""
         with self._lock:
             self._alone = [call for call in self._alone if not call.ended]
-            return not self._alone
+            return len(self._alone)
 
     def settle(self) -> None:
         """Returns once no collective writes to its outputs any more.

@@ -74,7 +74,8 @@ def _check_what_survivors_hold(run: Run, who: str, num_recoveries: int) -> None:
     assert held[0]["epoch"] <= 2
     assert held[-1]["epoch"] == num_recoveries
     for name in ("threads", "children", "sockets"):
-        assert len({e[name] for e in held}) == 1, (name, held)
+        # A call that gloo forgot keeps its groups until their timeout.
+        assert len({e[name] for e in held if not e.get("left_alone")}) == 1, (name, held)
     assert held[-1]["resident_bytes"] - held[0]["resident_bytes"] < MAY_GROW_BYTES, held
 
 

@@ -60,6 +60,9 @@ def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> N
 def test_sixteen_recoveries_leave_no_thread_connection_or_file_behind(killed: Run) -> None:
     counts: dict[str, set[tuple[int, ...]]] = {}
     for e in killed.events("holds"):
+        if e.get("left_alone"):
+            # A call that gloo forgot keeps its groups until their timeout.
+            continue
         # Chunks of arenas are files, mapped as they are used; `assert_within_claim` bounds them.
         files = e["files"] - e["memfds"]
         here = (e["threads"], e["children"], e["sockets"], files)
