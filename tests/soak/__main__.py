@@ -93,7 +93,7 @@ def one_cut(
     made = [*maker, "--output", str(directory / "corpus")]
     subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
     runner = Runner(directory, str(directory / "corpus"))
-    say(f"{cut}: {', '.join(kinds_for(cut, machines))}; all of it in {directory}")
+    say(f"{cut}: {', '.join(kinds_for(machines))}; all of it in {directory}")
     injector = Injector(
         failures(seed, cut, machines),
         options.failures,

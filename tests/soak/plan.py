@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-
-from megatron_moetion.config import Config
+from dataclasses import dataclass
 
 BETWEEN = (3, 9)
 """Iterations that are trained after a recovery before the next failure, fewest and most."""
@@ -114,17 +112,13 @@ class Kind:
     Attributes:
         draw: what is particular to it.
         weight: how often it comes, among the others.
-        cuts: under which it is to be survived.
         min_agents: that it needs.
-        flag: field of `Config` without which nothing survives it; a build may lack that.
         stops: workers are stopped (SIGSTOP), not killed.
     """
 
     draw: Draw
     weight: int
-    cuts: tuple[str, ...] = ("stage", "shard")
     min_agents: int = 1
-    flag: str = "moetion"
     stops: bool = False
 
 
@@ -134,25 +128,20 @@ KINDS = {
     "a stage": Kind(_stage, 2),
     "all workers": Kind(lambda _, machines: {"ranks": tuple(range(machines.world_size))}, 1),
     "a second one in a recovery": Kind(_second, 5),
-    "a node": Kind(_node, 3, cuts=("shard",), min_agents=2),
-    "a stopped worker": Kind(_one, 2, flag="hang_factor", stops=True),
+    "a node": Kind(_node, 3, min_agents=2),
+    "a stopped worker": Kind(_one, 2, stops=True),
 }
 """To have another kind injected, add it here; `inject.py` says what can be done to a job."""
 
 
-def kinds_for(cut: str, machines: Machines) -> dict[str, Kind]:
-    """The kinds that a run is to survive."""
-    known = {field.name for field in fields(Config)}
-    return {
-        name: kind
-        for name, kind in KINDS.items()
-        if cut in kind.cuts and machines.agents >= kind.min_agents and kind.flag in known
-    }
+def kinds_for(machines: Machines) -> dict[str, Kind]:
+    """The kinds that a run can be given."""
+    return {name: kind for name, kind in KINDS.items() if machines.agents >= kind.min_agents}
 
 
 def failures(seed: int, cut: str, machines: Machines) -> Iterator[Failure]:
     """The failures of a soak in their order, without end."""
-    draw, kinds = random.Random(f"{seed} {cut} {machines}"), kinds_for(cut, machines)
+    draw, kinds = random.Random(f"{seed} {cut} {machines}"), kinds_for(machines)
     while True:
         names, weights = list(kinds), [kind.weight for kind in kinds.values()]
         (name,) = draw.choices(names, weights)
