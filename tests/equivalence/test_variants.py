@@ -29,10 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Without the distributed optimizer the norm spans one pipeline only: the commit point is a
     # barrier of ours.
     "replicated": {"without": ["--use-distributed-optimizer"]},
-    "tensor-parallel": {
-        "model": {"tp_size": 2, "ep_size": 1, "dp_size": 1},
+    # The host has it without the distributed optimizer only.
+    "momentum": {
+        "without": ["--use-distributed-optimizer"],
         "model_flags": ["--optimizer", "sgd"],
     },
+    "tensor-parallel": {"model": {"tp_size": 2, "ep_size": 1, "dp_size": 1}},
     "interleaved": {"variant": "overlap", "layers": 4, "model": {"layers_per_virtual_stage": 1}},
     # The scale is raised every three iterations until something overflows and the step is left out.
     "half": {
