@@ -72,7 +72,7 @@ def test_undo_puts_back_the_very_objects(report: dict[str, Any]) -> None:
         ),
         ("unknown flag", "unknown flag --moetion-widow: did you mean --moetion-window?"),
         ("replicas", "--moetion-replicas 1 needs at least 2 nodes"),
-        ("fault", "place 'lunch' is none of start, forward"),
+        ("fault", "place 'lunch' is none of start, batch"),
         ("fsdp", "not supported: FSDP, because"),
         ("fsdp digest", "not supported: FSDP, because"),
         ("fp8 parameters", "not supported: FP8 parameters, because"),

@@ -219,9 +219,9 @@ def test_the_loss_of_node_0_ends_all_others_within_a_lease_and_says_what_is_inta
 def test_a_clean_end_leaves_nothing_behind_and_takes_the_standby_with_it(
     make: Make, tmp_path: Path
 ) -> None:
-    # Under the stage cut no node is replaced, and a standby disturbs nobody.
+    # Without copies no node is replaced, and a standby disturbs nobody.
     over = tmp_path / "over"
-    nodes = make("--moetion-replicas", "1", "--leave-behind", "--until", str(over))
+    nodes = make("--moetion-replicas", "0", "--leave-behind", "--until", str(over))
     zero, one = nodes.members()
     standby = nodes.standby()
     over.touch()
