@@ -73,6 +73,16 @@ class Notices:
                 raise error
             return self._epoch
 
+    def only_before(self, epoch: int) -> None:
+        """Passes as long as no failure has begun a later epoch.
+
+        Raises:
+            Superseded: one has, perhaps before anybody was there to be told.
+        """
+        with self._changed:
+            if self._epoch > epoch:
+                raise Superseded(f"epoch {self._epoch} began")
+
     def wait(self, op: str, epoch: int) -> Notice:
         """Waits for one notice of an epoch.
 

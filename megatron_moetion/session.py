@@ -628,6 +628,8 @@ class Session:
 
     def _carry_out(self, facts: Facts) -> None:
         """Regroup, rebuild if this stage failed, and wait until everybody can go on."""
+        # What was told before this session began has called off nothing here.
+        self.job.notices.only_before(facts.epoch)
         try:
             plan = make_shard_plan(facts) if self._by_shard else make_plan(facts, self.topology)
         except NothingToRebuildFrom as error:

@@ -170,8 +170,12 @@ def end_orphans(grace: timedelta = ORPHANS_GRACE) -> None:
 
 def _children() -> list[int]:
     """Pids of this process's children that are not reaped, adopted ones too."""
-    listed = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for children in listed for pid in children.read_text().split()]
+    found: list[int] = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        # A thread that has ended has left its children to another one, and is listed no more.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, children.read_text().split())
+    return found
 
 
 def _readable(fd: int) -> bool:
