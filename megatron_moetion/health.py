@@ -39,6 +39,7 @@ def _try(device: torch.device) -> str | None:
     try:
         words = torch.arange(NUM_WORDS, dtype=torch.int64)
         read = (words.to(device) * 3 + 1).cpu()
+    # Whatever a broken device makes torch raise is what is reported of it.
     except Exception as error:
         return str(error).partition("\n")[0] or type(error).__name__
     wrong = int((read != words * 3 + 1).sum())

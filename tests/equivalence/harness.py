@@ -328,6 +328,29 @@ def node_pids(directory: Path, node: int, global_ranks: Sequence[int]) -> list[i
     return [agent, *(pids[rank] for rank in global_ranks)]
 
 
+Moments = Mapping[int, tuple[Sequence[int], str, Sequence[int]]]
+"""{iteration whose log line is waited for: (who is killed then, an event of the recovery that is
+waited for, who is killed at that)}; an empty event is none.
+"""
+
+
+def kill_at_moments(directory: Path, moments: Moments) -> None:
+    """Kills workers from outside, and others while the first ones are recovered from."""
+    left = dict(moments)
+    for line in follow(directory / "log"):
+        for iteration in [i for i in left if f" iteration {i:8d}/" in line]:
+            first, kind, second = left.pop(iteration)
+            (agent,) = (directory / events.FOLDER).glob("agent-*")
+            told = follow(agent, after=agent.stat().st_size)
+            kill_workers(directory, first)
+            if kind:
+                next(line for line in told if f'"kind":"{kind}"' in line)
+                kill_workers(directory, second)
+            told.close()
+        if not left:
+            return
+
+
 def kill_agent(directory: Path, node: int) -> None:
     """SIGKILL to the agent of a node; its workers go with it."""
     os.kill(int((directory / f"launcher-{node}.pid").read_text()), signal.SIGKILL)

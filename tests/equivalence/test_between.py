@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moetion.events import FOLDER
-
 from .checkpoints import contents
 from .harness import (
     CUTS,
@@ -18,8 +16,7 @@ from .harness import (
     Run,
     Runner,
     assert_same_bits,
-    follow,
-    kill_workers,
+    kill_at_moments,
     kills,
 )
 
@@ -63,19 +60,7 @@ LOST = "corrupt:global_rank=3,iteration=20,at=capture"
 
 
 def _kill_from_outside(directory: Path) -> None:
-    moments = dict(MOMENTS)
-    for line in follow(directory / "log"):
-        for iteration in [i for i in moments if f" iteration {i:8d}/" in line]:
-            at_once, kind, then = moments.pop(iteration)
-            (agent,) = (directory / FOLDER).glob("agent-*")
-            told = follow(agent, after=agent.stat().st_size)
-            kill_workers(directory, at_once)
-            if kind:
-                next(line for line in told if f'"kind":"{kind}"' in line)
-                kill_workers(directory, then)
-            told.close()
-        if not moments:
-            return
+    kill_at_moments(directory, MOMENTS)
 
 
 @pytest.fixture(scope="module")

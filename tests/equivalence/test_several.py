@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moetion.events import FOLDER
-
-from .harness import CUTS, Run, Runner, assert_same_bits, follow, kill_workers
+from .harness import CUTS, Run, Runner, assert_same_bits, kill_at_moments
 
 MOMENTS: dict[int, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
     8: ((0, 1, 2, 3), "", ()),
@@ -26,19 +24,7 @@ LAST = 74
 
 
 def _kill_at_each_moment(directory: Path) -> None:
-    moments = dict(MOMENTS)
-    for line in follow(directory / "log"):
-        for iteration in [i for i in moments if f" iteration {i:8d}/" in line]:
-            first, kind, second = moments.pop(iteration)
-            (agent,) = (directory / FOLDER).glob("agent-*")
-            told = follow(agent, after=agent.stat().st_size)
-            kill_workers(directory, first)
-            if kind:
-                next(line for line in told if f'"kind":"{kind}"' in line)
-                kill_workers(directory, second)
-            told.close()
-        if not moments:
-            return
+    kill_at_moments(directory, MOMENTS)
 
 
 @pytest.mark.parametrize("cut", CUTS)
