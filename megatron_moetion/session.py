@@ -108,7 +108,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
-        self._quiet = 0
+        self._quiet = self._paused = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -149,7 +149,8 @@ class Session:
         """Start of an iteration, first time or again after an abort."""
         self.cursor.counts = Counter()
         self.cursor.mode = Mode.LIVE
-        self.job.groups.forget_stale()
+        if not self._paused:
+            self.job.groups.forget_stale()
         if iteration == self._quiet:
             # While one is left alone, the groups of its time are kept.
             alone = self.job.groups.waits.num_alone()
@@ -512,7 +513,12 @@ class Session:
         counts, iteration = self.cursor.counts, self.cursor.iteration
         self._recover(error)
         if self._by_shard and self._next <= iteration:
-            self._run_up_to(iteration, lambda: self.host.run_step(iteration))
+            # Whoever is paused here, and has called that, still knows the groups of before.
+            self._paused += 1
+            try:
+                self._run_up_to(iteration, lambda: self.host.run_step(iteration))
+            finally:
+                self._paused -= 1
         self.cursor.counts = counts
         if self._gives_up():
             self.host.load_live_state(saved)
