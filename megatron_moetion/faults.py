@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "corrupt")
+KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "hold", "corrupt")
 PLACES = (
     "start",
     "batch",
@@ -25,6 +25,7 @@ PLACES = (
     "backward",
     "grad-sync",
     "norm",
+    "commit",
     "optimizer",
     "param-gather",
     "capture",
@@ -51,7 +52,8 @@ class Fault:
         kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
             once), `exit0` (code 0, as if the script were finished), `oom` (memory is asked for
             that no device has), `stop` (SIGSTOP to itself), `spin` (an endless loop in C that never
-            gives the GIL away: `sum` over `itertools.repeat`), `corrupt` (a bit of the frame of
+            gives the GIL away: `sum` over `itertools.repeat`), `hold` (it stays there until another
+            rank fails, and goes on), `corrupt` (a bit of the frame of
             that iteration flips).
         global_rank: who fails, or whose frame it is.
         iteration: in which iteration (1 is the first optimizer step).
@@ -119,7 +121,13 @@ def parse(spec: str) -> tuple[Fault, ...]:
 
 
 class Injector:
-    """Fires the faults of this rank at their places."""
+    """Fires the faults of this rank at their places.
+
+    Args:
+        already_fired: by index.
+        on_fire: told of each fault that fires, and its index.
+        hold: returns when another rank has failed.
+    """
 
     def __init__(
         self,
@@ -127,8 +135,10 @@ class Injector:
         global_rank: int,
         already_fired: Iterable[int],
         on_fire: Callable[[int, Fault], None],
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
         fired = set(already_fired)
+        self._hold = hold
         self._mine = {
             index: fault
             for index, fault in enumerate(faults)
@@ -146,7 +156,7 @@ class Injector:
             )
             if here and fault.kind != "corrupt":
                 self._take(index)
-                _fire(fault)
+                self._hold() if fault.kind == "hold" else _fire(fault)
 
     def corrupts(self, iteration: int) -> bool:
         """Whether the frame of this iteration is to be damaged; true once."""

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,13 @@ from megatron_moetion.vault.arena import size_class
 from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
 
+RETURNED = Progress.RETURNED.order
 UNTIL_QUIET = 3
 """Iterations after a recovery until nothing of what was there before it is left."""
+
+
+class Undone(Exception):
+    """The iteration that this rank has made its update in does not count any more."""
 
 
 class StopReplay(Exception):
@@ -91,6 +97,7 @@ class Session:
         self.frames = Frames(host, job.vault, job.global_rank)
         self.copier = copier_for(host.device, self._seal_failed)
         self._frame: Ticket | None = None
+        self._unsealed: tuple[str, Callable[[], None]] | None = None
         self._operators = {o.name: o for o in host.operators}
         self._lock = threading.RLock()
         self._position = Position()
@@ -101,6 +108,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
+        self._undone_to = sys.maxsize
         self._offered = self._began_here = self._logs_since = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
@@ -122,16 +130,14 @@ class Session:
             self._position = position
             self.cursor.iteration, self.cursor.progress = position.iteration, position.progress
             self.job.send("position", position=position.to_json())
-            if (
-                self._frozen
-                and not self._settled
-                and position.progress.order >= Progress.AFTER_STEP.order
-            ):
+            if position.progress.order >= Progress.AFTER_STEP.order:
                 self._settle()
 
     def _settle(self) -> None:
-        self._settled = True
-        self.job.send("settled", epoch=self._frozen)
+        """Tells once that this rank stands where it is to stand, and not before anybody asks."""
+        if self._verdict is not None and not self._settled:
+            self._settled = True
+            self.job.send("settled", epoch=self._frozen)
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
         """A place that the agent is to see. A scripted fault may fire here; never in replay."""
@@ -147,8 +153,9 @@ class Session:
 
     def begin(self, iteration: int) -> None:
         """Start of an iteration, first time or again after an abort."""
-        self.cursor.counts = Counter()
-        self.cursor.mode = Mode.LIVE
+        self.cursor.counts, self.cursor.closing = Counter(), False
+        self.cursor.mode, self.cursor.since = Mode.LIVE, self.log.epoch
+        self._drop_unsealed()
         self.job.groups.forget_stale()
         if iteration == self._quiet:
             # While one is left alone, the groups of its time are kept.
@@ -251,9 +258,8 @@ class Session:
             self.begin(iteration)
             try:
                 result = run() if iteration == last else self.host.run_step(iteration)
-                if self._by_shard and iteration <= self.cursor.refeed:
-                    # Whoever waits behind this iteration may have had its parameters gathered.
-                    self.host.sync_params()
+            except Undone:
+                self.host.reset_after_abort()
             except Exception as error:
                 self._give_up(error)
                 if self._result is not None:
@@ -271,6 +277,10 @@ class Session:
         # What was decided in this iteration, if nobody begins the next one.
         state["steering"] = self.steering.to_state()
         self.log.write_state(ResultKey(iteration), state)
+        if self._unsealed is not None:
+            _, seal = self._unsealed
+            self._unsealed = None
+            seal()
         self._move(replace(self._position, progress=Progress.RETURNED))
         self.reached("end")
         return result
@@ -315,14 +325,21 @@ class Session:
         if self._frame is not None:
             # The step overwrites what may still be on its way to the host.
             self._frame.wait_on_device()
-        result = run()
         iteration = self.cursor.iteration
+        self.cursor.closing = self._by_shard
+        try:
+            result = run()
+            if self.cursor.mode is Mode.LIVE and self._position.committed < iteration:
+                # There was nothing to update, or too large a gradient.
+                self.commit(updates=False)
+        finally:
+            self.cursor.closing = False
         if self.cursor.mode is Mode.REPLAY:
             self._replayed(iteration)
             return result
-        if self._position.committed < iteration:
-            # There was nothing to update, or too large a gradient.
-            self.commit(updates=False)
+        if self._by_shard and iteration <= self.cursor.refeed:
+            # Whoever waits behind this iteration may have had its parameters gathered.
+            self.update(self.host.sync_params)
         self.capture(iteration, self.steering.timeline.at(iteration).frame(iteration))
         self._move(replace(self._position, progress=Progress.AFTER_STEP))
         return result
@@ -347,6 +364,7 @@ class Session:
         self.steering.loaded(iteration, self.host.take_load())
         self.steer()
         self.collectives.pass_world(self.host.device)
+        self.reached("commit")
         with self._lock:
             frozen = self._frozen
             if not frozen:
@@ -378,7 +396,7 @@ class Session:
         self.job.events.emit("scheduled", first=now.first, **fields)
 
     def _commit_now(self) -> None:
-        i = self.cursor.iteration
+        i, self.cursor.closing = self.cursor.iteration, False
         self._move(replace(self._position, progress=Progress.STEPPING, committed=i))
 
     def capture(self, iteration: int, plan: FramePlan) -> None:
@@ -407,10 +425,38 @@ class Session:
             if damage:
                 data[0] ^= 1
 
-        self.copier.seal(self._frame, key, publish, lambda: vault.abandon(key))
+        seal = partial(self.copier.seal, copied, key, publish, partial(vault.abandon, key))
+        if self._by_shard and self.cursor.mode is Mode.LIVE:
+            # No replay finds out what the training step returns: its frame counts once that is
+            # logged.
+            self._unsealed = key, seal
+            return
+        seal()
         if self.cursor.mode is not Mode.LIVE:
             # The starting state, or a replay that is about to overwrite the sources.
             self._frame.wait()
+
+    def _drop_unsealed(self) -> None:
+        """The training step that this rank's newest frame is of does not return."""
+        if self._unsealed is not None:
+            assert self._frame is not None
+            self._frame.wait_for_bytes()
+            self.job.vault.abandon(self._unsealed[0])
+            self._frame = self._unsealed = None
+
+    def update(self, run: Callable[[], Any]) -> Any:
+        """See `inbox.tap.Gate`. The optimizer's own part needs nobody, and recovery gathers."""
+        try:
+            return run()
+        except Exception as error:
+            if not (self._by_shard and is_communication_error(error)):
+                raise
+            with self._lock:
+                self._position = replace(self._position, gathered=False)
+            self.job.notices.failure(error, self._handled)
+            # Nothing may be written to the parameters any more.
+            self.job.groups.waits.settle()
+            return None
 
     def _seal_failed(self, key: str, error: Exception) -> None:
         self.job.events.emit("seal-failed", key=key, error=str(error))
@@ -483,44 +529,58 @@ class Session:
             self._verdict = committed
             p = self._position
             finishing = p.iteration == committed and p.progress.order < Progress.AFTER_STEP.order
-            if not (finishing and not failed) and not self._settled:
+            if failed or not finishing:
                 self._settle()
-        # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is
-        # cut.
-        self._abort(epoch, None if failed else self.topology.spans_stages)
+        # A healthy rank past the commit point goes on inside its stage, under the shard cut on its
+        # own; whatever crosses that is cut.
+        alone = failed or self._by_shard
+        self._abort(epoch, None if alone else self.topology.spans_stages)
 
     def _gives_up(self) -> bool:
         """Whether this rank leaves the iteration that it is in, wherever it is."""
-        return self._by_shard or self.topology.pp_rank in self.topology.stages_of(self._dead)
+        failed = self.topology.stages_of(self._dead)
+        return not self._by_shard and self.topology.pp_rank in failed
 
     def _abort(self, epoch: int, crosses: Callable[[tuple[int, ...]], bool] | None = None) -> None:
         self.job.groups.abort(epoch, self.job.store_port, crosses)
 
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
-        epoch = self.job.notices.failure(error, self._handled)
-        committed = self.job.notices.wait("verdict", epoch)["committed"]
+        committed = self._verdict_of(self.job.notices.failure(error, self._handled))
         if committed < self.cursor.iteration or self._gives_up():
             raise Interrupted(f"iteration {self.cursor.iteration} is given up") from error
+
+    def _verdict_of(self, epoch: int) -> int:
+        """The committed iteration by the verdict of this epoch, or of a later one."""
+        while True:
+            try:
+                return int(self.job.notices.wait("verdict", epoch)["committed"])
+            except Superseded as again:
+                epoch = self.job.notices.failure(again, epoch)
 
     def pause(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank past its step waits inside its collective."""
         with self._lock:
-            if self._frozen and not self._settled and self._verdict is not None:
-                self._settle()
+            self._settle()
         saved = self.host.live_state()
         counts, iteration = self.cursor.counts, self.cursor.iteration
+        inside = self.cursor.progress is not Progress.RETURNED
         self._recover(error)
         if self._by_shard and self._next <= iteration:
+            if inside:
+                raise Undone from error
             self._run_up_to(iteration, lambda: self.host.run_step(iteration))
         self.cursor.counts = counts
-        if self._gives_up():
+        if self._by_shard or self._gives_up():
             self.host.load_live_state(saved)
         self.cursor.refeed = max(self.cursor.refeed, self.cursor.iteration)
 
     def _give_up(self, error: Exception) -> None:
         """The iteration is unwound: recover; then it is run again, or its result is at hand."""
         if not is_communication_error(error):
+            raise error
+        if self._by_shard and self._position.committed == self._position.iteration:
+            # The others count on this rank to have made the update.
             raise error
         self.job.notices.failure(error, self._handled)
         # The traceback holds the activations of the iteration that is given up.
@@ -583,8 +643,11 @@ class Session:
             except Exception as error:
                 self._only_superseded(error, facts.epoch)
             facts = self._next_facts(facts.epoch)
-            lost = self.job.global_rank in facts.lost
-            if lost and self._enter(facts, iteration).iteration != iteration:
+            now = self._enter(facts, iteration)
+            lost, was_inside = self.job.global_rank in facts.lost, last.progress.order < RETURNED
+            # Where the data iterator stands was settled before.
+            behind = self._by_shard and was_inside and now.progress.order == RETURNED
+            if (lost and now.iteration != iteration) or behind:
                 raise RuntimeError(f"the job does not go on in iteration {iteration} any more")
         if self._result is not None:
             self._next = iteration + 1
@@ -607,9 +670,8 @@ class Session:
         """Where a replacement takes up the work of its predecessor, which may have gone with its
         node.
         """
-        known = facts.positions.get(self.job.global_rank)
-        if known is not None:
-            return known
+        if self.job.global_rank in facts.positions:
+            return entered(facts, self.job.global_rank, self._by_shard)
         if self._by_shard:
             # Other facts may have come since the host was told where to begin.
             before = iteration - 1
@@ -665,15 +727,19 @@ class Session:
         """Brings this rank to the start of the iteration behind the one that counts as done."""
         at, bases = plan.committed, dict(plan.shards)
         base = bases.get(self.job.global_rank)
-        was = self._position
-        if not bases.keys().isdisjoint(self.topology.stage(self.topology.pp_rank)):
+        if at > self._undone_to:
+            # Copies may come in between two attempts. What is undone here is for good.
+            raise RuntimeError(f"this rank went back to {self._undone_to}, before iteration {at}")
+        was, self._undone_to = self._position, at
+        gathers = {*bases, *plan.unfinished}
+        if not gathers.isdisjoint(self.topology.stage(self.topology.pp_rank)):
             self._rebuild_shards(base, at)
         if base is not None:
             state = self.log.read_state(HeaderKey(at + 1) if self._newest > at else ResultKey(at))
             if state is not None:
                 self.steering.load_state(state["steering"])
         self._next = at + 1
-        if reached(was) > at or was.progress is not Progress.RETURNED:
+        if was.iteration > at:
             before = Progress.BEFORE_COMMIT
             self._move(replace(was, iteration=at + 1, progress=before, committed=at))
         told = {"from": was.iteration, "iteration": at, "base": base}
@@ -692,6 +758,8 @@ class Session:
                 ms = (time.perf_counter() - began) * 1000
                 self.job.events.emit("rebuilt", iteration=at, base=base, updates=num_updates, ms=ms)
             self.host.sync_params()
+            with self._lock:
+                self._position = replace(self._position, gathered=True)
             self.host.end_replay()
         finally:
             self.cursor.mode, self.cursor.progress = mode, progress
@@ -716,6 +784,7 @@ class Session:
         self.job.send("joined", epoch=plan.epoch, **told)
         self.job.notices.wait("resume", plan.epoch)
         self.log.epoch = plan.epoch
+        self._undone_to = sys.maxsize
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
         told = {"replayed": replayed, "iteration": plan.committed}

@@ -454,12 +454,13 @@ def _anywhere(gathered: Sequence[Gathered], counts: Callable[[Json], bool]) -> J
     """What can be read of each rank's frames: its own, and copies of those that it lacks.
 
     One sound copy on a node that lives is enough to rebuild from. What the owner has dropped does
-    not count, as a holder hears of that a moment later and the logs are gone.
+    not count, as a holder hears of that a moment later and the logs are gone; nor does what was
+    given up, which the owner has until the same iteration is captured again.
     """
     frames: Json = {}
     below: dict[str, int] = {}
     for answer in gathered:
-        frames |= {rank: list(listed) for rank, listed in answer.frames.items()}
+        frames |= {rank: list(filter(counts, listed)) for rank, listed in answer.frames.items()}
         below |= answer.below
     for answer in gathered:
         for rank, listed in answer.copies.items():

@@ -46,9 +46,15 @@ class InboxLog:
         """Logs tensors. Once this returns, the caller may overwrite or free the sources."""
         self.write_state(key, [t.detach() for t in tensors])
 
-    def read(self, key: Key, global_ranks: Iterable[int]) -> list[torch.Tensor] | None:
-        """Fresh copies of the logged tensors from the first rank that has them, or None."""
-        found = self.read_state(key, global_ranks)
+    def read(
+        self, key: Key, global_ranks: Iterable[int], since: int = 0
+    ) -> list[torch.Tensor] | None:
+        """Fresh copies of the logged tensors from the first rank that has them, or None.
+
+        Args:
+            since: what was written in an earlier epoch does not count.
+        """
+        found = self.read_state(key, global_ranks, since)
         assert found is None or isinstance(found, list)
         return found
 
@@ -61,8 +67,13 @@ class InboxLog:
         meta, data = bundle.pack(state)
         self._store.put(str(key), data, {**meta, "epoch": self.epoch})
 
-    def read_state(self, key: Key, global_ranks: Iterable[int] | None = None) -> Any:
+    def read_state(
+        self, key: Key, global_ranks: Iterable[int] | None = None, since: int = 0
+    ) -> Any:
         """The logged state, or None when none of these ranks (default: this one) has it.
+
+        Args:
+            since: what was written in an earlier epoch does not count.
 
         Raises:
             CorruptEntry: each copy that there is is damaged.
@@ -74,7 +85,7 @@ class InboxLog:
             except CorruptEntry as error:
                 damaged = error
                 continue
-            if entry is not None:
+            if entry is not None and entry.meta["epoch"] >= since:
                 return bundle.unpack(entry.meta, entry.data, self._device)
         if damaged is not None:
             raise damaged

@@ -31,6 +31,7 @@ from megatron_moetion.recovery.failure import Interrupted, Superseded, is_commun
 from megatron_moetion.recovery.plan import (
     NothingToRebuildFrom,
     Position,
+    Progress,
     entered,
     has_result,
 )
@@ -188,6 +189,18 @@ def passed(place: str) -> Callable[..., Any]:
         return host(*args, **kwargs)
 
     return handler
+
+
+def param_gather(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """_ParamAndGradBucketGroup.start_param_sync: also where the gathers of several buckets are one
+    call, which fails only here.
+    """
+    if SESSION is None:
+        return host(*args, **kwargs)
+    SESSION.reached("param-gather")
+    if SESSION.cursor.mode is Mode.LIVE and SESSION.position.progress is Progress.STEPPING:
+        return SESSION.update(lambda: host(*args, **kwargs))
+    return host(*args, **kwargs)
 
 
 def routing(host: Callable[..., Any], self: Any, logits: torch.Tensor, **kwargs: Any) -> Any:

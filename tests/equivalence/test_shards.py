@@ -57,6 +57,40 @@ def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> N
         assert all(at - here[who]["base"] < WINDOW for who in rebuilt)
 
 
+HELD = [
+    # Who is killed behind the end of the training step, and who is where in the same one. Gathers
+    # in the update would keep everybody in it, so they are overlapped with the next forward pass;
+    # and whoever tells the loss of the last stage needs all of it, so the first one is killed.
+    (8, (0, "end"), (3, "commit"), (1, "optimizer")),
+    (16, (1, "end"), (2, "commit"), (0, "capture")),
+    (24, (1, "end"), (2, "capture")),
+    (32, (0, "end"), (1, "commit"), (3, "optimizer")),
+]
+OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def test_nothing_is_lost_where_others_are_still_in_the_update_that_was_captured(
+    runner: Runner,
+) -> None:
+    reference = runner.run("shards-held-off", iterations=40, flags=OVERLAPPED)
+    script = [
+        f"{kind}:global_rank={rank},iteration={iteration},at={place}"
+        for iteration, killed, *held in HELD
+        for kind, (rank, place) in (("kill", killed), *(("hold", h) for h in held))
+    ]
+    flags = [*SHARD, *OVERLAPPED, "--moetion-fault", ";".join(script)]
+    run = runner.run("shards-held", iterations=40, flags=flags)
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, reference, 40)
+    fired = [e["fault"] for e in run.events("fault")]
+    assert len(fired) == len(script), fired
+    assert [e["recovered"] for e in run.recoveries] == [[rank] for _, (rank, _), *_ in HELD]
+    for epoch, (iteration, (rank, _), *_) in enumerate(HELD, start=1):
+        here = {e["who"]: e for e in run.events("went-back") if e["epoch"] == epoch}
+        assert {e["iteration"] for e in here.values()} == {iteration}
+        assert {who for who, e in here.items() if e["base"] is not None} == {f"rank{rank}"}
+
+
 def test_sixteen_recoveries_leave_no_thread_connection_or_file_behind(killed: Run) -> None:
     counts: dict[str, set[tuple[int, ...]]] = {}
     for e in killed.events("holds"):

@@ -40,7 +40,7 @@ def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> Non
     [
         (
             "boom:global_rank=3,iteration=7,at=end",
-            "kind 'boom' is none of kill, raise, exit, exit0, oom, stop, spin, corrupt",
+            "kind 'boom' is none of kill, raise, exit, exit0, oom, stop, spin, hold, corrupt",
         ),
         ("corrupt:global_rank=3,iteration=7,at=end", "'end' is none of capture, transfer, stored"),
         ("corrupt:global_rank=3,iteration=7,at=stored", "take copy=K, and need it"),
