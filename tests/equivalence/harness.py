@@ -25,7 +25,7 @@ from tests.ports import free_port
 from . import matrix
 from .nursery import ROOT, Launcher, Nursery
 
-PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
+PRETRAIN = Path(__file__).with_name("demo_pretrain.py")
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
 AGENT, TORCHRUN = "megatron_moetion.agent", "torch.distributed.run"
 Starter = Callable[
