@@ -34,8 +34,15 @@ PLACES = (
     "evaluate",
     "save",
     "ended",
+    "planning",
+    "regroup",
+    "restore",
+    "replay",
+    "resume",
 )
-COUNTED = ("batch", "forward", "backward", "evaluate", "save", "ended")
+COUNTED = ("batch", "forward", "backward", "evaluate", "save", "ended", "replay")
+IN_RECOVERY = PLACES[PLACES.index("planning") :]
+"""Places of a worker that recovers, survivor or replacement."""
 DAMAGED_PLACES = ("capture", "transfer", "stored")
 """Where a frame is damaged: when it is sealed, on its way to a holder, once copies are there."""
 
@@ -56,11 +63,13 @@ class Fault:
             rank fails, and goes on), `corrupt` (a bit of the frame of
             that iteration flips).
         global_rank: who fails, or whose frame it is.
-        iteration: in which iteration (1 is the first optimizer step).
+        iteration: in which iteration (1 is the first optimizer step). IN_RECOVERY it is the one
+            that counts as done, but for `planning`, where that is not known yet.
         place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
         microbatch: the number, from 0: of the pass or batch on this rank (`forward`, `backward`,
             `batch`, `evaluate`), of the barrier in saving (`save`: 0 is before the first file, K is
-            before barrier K), of the interlude after an iteration (`ended`).
+            before barrier K), of the interlude after an iteration (`ended`), of the iteration that
+            is replayed (`replay`).
         copy: for `transfer` and `stored`: of the frame; 0 is the owner's own.
     """
 

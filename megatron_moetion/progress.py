@@ -19,7 +19,7 @@ from megatron_moetion import faults
 PAGE_BYTES = 4096
 SET_UP, EVALUATION, SAVING = "set-up", "evaluate", "save"
 RECOVERY, REPLAY, BETWEEN = "recovery", "replay", "between iterations"
-PLACES = (SET_UP, *faults.PLACES, BETWEEN, RECOVERY, REPLAY)
+PLACES = (SET_UP, *faults.PLACES, BETWEEN, RECOVERY)
 _CODES = {place: code for code, place in enumerate(PLACES)}
 
 UNLIKE_OTHERS = 2

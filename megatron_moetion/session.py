@@ -595,6 +595,7 @@ class Session:
         with self.job.progress.aside(RECOVERY):
             while True:
                 epoch = self.job.notices.failure(error, self._handled)
+                self.job.injector.reach("planning", self._position.iteration)
                 try:
                     self.job.notices.wait("abort", epoch)
                     # What was captured counts for the plan, and its sources are about to be
@@ -698,12 +699,14 @@ class Session:
             self.hopeless(str(error))
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
+        self.job.injector.reach("regroup", plan.committed)
         swapped = self.job.groups.rebuild(
             plan.epoch, self.job.connect_store, lambda: self.job.init_world(plan.epoch)
         )
         self.collectives.forget()
         self._agree(plan)
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
+        self.job.injector.reach("restore", plan.committed)
         self.cursor.refeed = plan.committed
         if self._by_shard:
             # Training may go on before what some have been through.
@@ -775,6 +778,7 @@ class Session:
             )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
+        self.job.injector.reach("resume", plan.committed)
         if plan.stage(self.topology.pp_rank) is not None:
             # Whoever fails from here on has been somewhere, also on a node that has just begun.
             with self._lock:
@@ -805,7 +809,8 @@ class Session:
             self.cursor.mode = Mode.REPLAY
             self._rebuild.load_base()
             self.job.events.emit("restored", epoch=plan.epoch, base=stage.base)
-            for iteration in stage.replay:
+            for number, iteration in enumerate(stage.replay):
+                self.job.injector.reach("replay", plan.committed, number)
                 self._replay(iteration)
             if not run_on:
                 self._end_replay()

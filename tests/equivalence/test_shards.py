@@ -12,7 +12,7 @@ from megatron_moetion import digest
 
 from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
 from .noisy_pretrain import REBUILT
-from .test_identity import BOTH_STAGES, PLACES, _everywhere
+from .test_identity import BOTH_STAGES, PLACES, everywhere
 
 NOISY = Path(__file__).with_name("noisy_pretrain.py")
 WINDOW = 4
@@ -29,7 +29,7 @@ AGENT_MAY_GROW_BYTES = 16 << 20
 @pytest.fixture(scope="module")
 def killed(runner: Runner) -> Run:
     """Kills at every place on both stages."""
-    flags = [*SHARD, *kills(*_everywhere())]
+    flags = [*SHARD, *kills(*everywhere())]
     run = runner.run("shards", iterations=BOTH_STAGES, flags=flags, afresh=True)
     assert run.code == 0, run.tail()
     return run
@@ -40,12 +40,12 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
 ) -> None:
     assert_same_bits(killed, off, BOTH_STAGES)
     assert_within_claim(killed)
-    assert [e["recovered"] for e in killed.recoveries] == [[r] for r, *_ in _everywhere()]
+    assert [e["recovered"] for e in killed.recoveries] == [[r] for r, *_ in everywhere()]
 
 
 def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> None:
     went = killed.events("went-back")
-    for epoch, (rank, iteration, place) in enumerate(_everywhere(), start=1):
+    for epoch, (rank, iteration, place) in enumerate(everywhere(), start=1):
         here = {e["who"]: e for e in went if e["epoch"] == epoch}
         assert len(here) == 4
         lost = place in UPDATED_BEFORE
