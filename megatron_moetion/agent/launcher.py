@@ -17,6 +17,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, NoSpillLeft, SpillDoesNotFit, share_over
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
+from megatron_moetion.agent.escalation import NOTHING_TRIED
 from megatron_moetion.agent.fallback import FallBack, begin_again, inherited, run_again
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import (
@@ -286,6 +287,8 @@ def job_of(
         replaces_nodes=protected and placement.num_copies > 0,
         hang_factor=config.hang_factor if protected else 0.0,
         max_retries=config.max_retries,
+        budget=config.restart_budget,
+        tried=NOTHING_TRIED if fall_back is None else fall_back.tried,
         lease=rendezvous.lease,
     )
 

@@ -17,6 +17,7 @@ from megatron_moetion.agent import supervision
 from megatron_moetion.agent.coldstart import mismatch, position_at
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
+from megatron_moetion.agent.escalation import Tried
 from megatron_moetion.agent.fallback import FallBack, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
 from megatron_moetion.agent.items import (
@@ -185,6 +186,8 @@ class Node:
                     members.ranks_of_node,
                     fired=self._job.fired,
                     max_retries=self._job.max_retries,
+                    budget=self._job.budget,
+                    tried=self._job.tried,
                     replaces_nodes=self._job.replaces_nodes,
                 )
                 if self._job.protected
@@ -382,7 +385,7 @@ class Node:
             self._leader.met()
         reason = None if self._record is None else mismatch(self._record, identity)
         if reason is not None:
-            self._pass_on(global_rank, {"op": "hopeless", "reason": reason})
+            self._pass_on(global_rank, {"op": "hopeless", "reason": reason, "refused": True})
 
     def _report(self, message: Message) -> None:
         """Tell the leader, which may be this process."""
@@ -439,7 +442,10 @@ class Node:
             case "kill":
                 self._kill(order["global_rank"])
             case "end":
-                self._fall_back = order["fall_back"] and FallBack(*order["fall_back"])
+                if order["fall_back"]:
+                    iteration, fired, tried = order["fall_back"]
+                    told = Tried.from_json(tried)
+                    self._fall_back = FallBack(iteration, tuple(fired), tried=told)
                 if self._seating is not None:
                     self._seating.dismiss(order)
                 self._end(order["reason"], order["code"])

@@ -26,8 +26,9 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier, Tried, after_failure
 from megatron_moetion.agent.traces import Trace, Traces
-from megatron_moetion.config import Config
+from megatron_moetion.config import DEFAULT_BUDGET, Config, RestartBudget
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
 from megatron_moetion.vault.entry import split_key
 
@@ -49,6 +50,8 @@ class Round:
         max_retries: failures of one rank at one iteration after which the job ends.
         fired: scripted faults that were injected before, by index.
         replaces_nodes: what a lost node held is on other nodes, and another may take its place.
+        budget: localized recoveries within a time, after which the next tier is tried.
+        tried: against failures, before this job started anew from a spill.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Round:
         max_retries: int = Config().max_retries,
         fired: Iterable[int] = (),
         replaces_nodes: bool = False,
+        budget: RestartBudget = DEFAULT_BUDGET,
+        tried: Tried = NOTHING_TRIED,
     ) -> None:
         self.epoch = 0
         self._nodes = ranks_of_node
@@ -78,6 +83,8 @@ class Round:
         self._traces = Traces()
         self._expelled: dict[int, str] = {}
         self._expelled_in: int | None = None
+        self._budget, self._tried = budget, tried
+        self._restarting: set[int] = set()
 
     @property
     def phase(self) -> Phase:
@@ -150,10 +157,14 @@ class Round:
         """Replaces a worker that failed in an iteration, or ends the job if it does so always."""
         rank = event.global_rank
         self._traces.left(rank, iteration)
+        if rank in self._restarting:
+            # It was killed to be started anew.
+            self._restarting.discard(rank)
+            return self._freeze(event)
         self._failures[rank, iteration] += 1
         times = self._failures[rank, iteration]
         if times <= self._max_retries:
-            return self._freeze(event)
+            return self._against(event.at, lambda: self._freeze(event))
         expelled, trace = self._expelled.get(rank), self._traces.of(iteration)
         if expelled is not None:
             return self._hopeless(f"{expelled}; that was retry {times - 1}", state_lost=True)
@@ -163,6 +174,30 @@ class Round:
             more += f"{who}: {trace.last}"
         reason = f"rank {rank} failed {times} times at iteration {iteration}{more}"
         return self._hopeless(reason, trace=trace)
+
+    def _against(self, at: float, begin: Callable[[], list[Command]]) -> list[Command]:
+        """What is done against a failure at a time: in training, what the budget says.
+
+        Args:
+            begin: begins a round for those that have failed.
+        """
+        if self.phase is not Phase.TRAINING:
+            return begin()
+        self._tried, tier = after_failure(self._tried, at, self._budget)
+        if tier is Tier.LOCALIZED:
+            return begin()
+        seconds = f"{self._budget.seconds:g} s (--moetion-restart-budget {self._budget})"
+        return self._down(f"more than {self._budget.num} recoveries within {seconds}", tier, begin)
+
+    def _down(self, reason: str, tier: Tier, begin: Callable[[], list[Command]]) -> list[Command]:
+        """Tries a tier below, or ends the job if that is nothing that workers could be part of."""
+        step = Record("escalated", {"epoch": self.epoch, "tier": tier, "reason": reason})
+        if tier is not Tier.MEMORY:
+            return [step, *self._hopeless(reason, state_lost=tier is Tier.SPILL)]
+        commands = begin()
+        self._restarting |= self._survivors | self._ready
+        anew = f"{reason}; {tier}: all workers start anew from what memory holds"
+        return [step, *commands, Expel(tuple(sorted(self._restarting)), anew)]
 
     def _freeze(self, event: Exited) -> list[Command]:
         rank = event.global_rank
@@ -180,16 +215,21 @@ class Round:
 
     def _node_lost(self, event: AgentLost) -> list[Command]:
         """Its workers are gone, too, and what they had told of themselves."""
-        node_rank, reason = event.node_rank, f"the agent of node {event.node_rank} is gone"
+        reason = f"the agent of node {event.node_rank} is gone"
         if not self._replaces_nodes:
             return self._hopeless(f"{reason} ({event.why})")
         if self._finished:
             finished = sorted(self._finished)
             return self._hopeless(f"{reason} after ranks {finished} had finished", state_lost=True)
+        return self._against(event.at, lambda: self._wait_for_node(event))
+
+    def _wait_for_node(self, event: AgentLost) -> list[Command]:
+        node_rank = event.node_rank
         self._lost.add(node_rank)
         ranks = set(self._nodes[node_rank])
         self._dead |= ranks
         self._ready -= ranks
+        self._restarting -= ranks
         freeze = self._begin()
         lost = {"epoch": self.epoch, "node_rank": node_rank, "why": event.why}
         return [Record("node-lost", {**lost, "dead": sorted(self._dead)}), freeze, *self._advance()]
@@ -244,8 +284,8 @@ class Round:
             case "unfit":
                 return self._unfit(rank, str(message["reason"]))
             case "hopeless":
-                lost = bool(message.get("state_lost"))
-                return self._hopeless(str(message["reason"]), state_lost=lost)
+                lost, refused = bool(message.get("state_lost")), bool(message.get("refused"))
+                return self._hopeless(str(message["reason"]), state_lost=lost, refused=refused)
             case "ready" if rank in self._dead:
                 self._ready.add(rank)
                 return self._advance()
@@ -395,6 +435,7 @@ class Round:
         self._dead.clear()
         self._ready.clear()
         self._expelled.clear()
+        self._restarting.clear()
         self._traces.goes_on()
         self._first_code = 0
         return [
@@ -428,15 +469,21 @@ class Round:
         return [Record("expelled", fields), Expel(tuple(stuck), reason)]
 
     def _hopeless(
-        self, reason: str, *, state_lost: bool = False, trace: Trace | None = None
+        self,
+        reason: str,
+        *,
+        state_lost: bool = False,
+        refused: bool = False,
+        trace: Trace | None = None,
     ) -> list[Command]:
+        tried = None if refused else self._tried
         self._machine.take(Step.HOPELESS)
         newest = self._traces.newest
         if trace is None and newest is not None and not newest.echo:
             trace = newest
         return [
             Record("ended", {"epoch": self.epoch, "reason": reason}),
-            End(reason, self._first_code or 1, state_lost, self._injected, trace),
+            End(reason, self._first_code or 1, state_lost, self._injected, trace, tried),
         ]
 
 

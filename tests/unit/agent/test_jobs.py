@@ -21,6 +21,7 @@ from tests.stub_jobs import (
     protected,
 )
 
+CHECKPOINT = "restart from a Megatron checkpoint with --load, or afresh"
 pytestmark = pytest.mark.multirank
 
 
@@ -125,7 +126,8 @@ def test_a_rank_that_keeps_dying_ends_the_job_in_one_line(tmp_path: Path) -> Non
     outcome = finish([launch(argv, *protected(tmp_path, *["1:4"] * 4))], tmp_path)
     assert outcome.codes == [137]
     line = "rank 1 failed 4 times at iteration 3 (--moetion-max-retries 3)"
-    assert f"moetion-run: ending the job: {line}\n" in outcome.errors
+    told = f"{line}; tried: 3 localized recoveries; {CHECKPOINT}"
+    assert f"moetion-run: ending the job: {told}\n" in outcome.errors
 
 
 def test_an_exception_that_comes_again_on_all_ranks_ends_the_job_with_its_traceback(
@@ -141,7 +143,10 @@ def test_an_exception_that_comes_again_on_all_ranks_ends_the_job_with_its_traceb
     rank, flag, how = re.fullmatch(says, last).groups()
     assert flag == "(--moetion-max-retries 1)"
     first = "" if rank == raised else f", rank {raised} first"
-    assert how == f"{first}: RuntimeError: injected at 4"
+    tried = r"; tried: \d localized recover(y|ies); "
+    assert re.fullmatch(
+        re.escape(f"{first}: RuntimeError: injected at 4") + tried + CHECKPOINT, how
+    )
     # The traceback stands right before that line, and nothing of anybody else's.
     shown = outcome.errors.partition(before)[2].partition(last)[0].splitlines()[1:]
     trace = [line for line in shown if line.startswith(f"[rank{raised}]: ")]
