@@ -45,7 +45,7 @@ class Job:
         program: what the workers run; None where somebody else starts them.
         env: environment of every worker, without its rank.
         protected: --moetion is among the script's arguments.
-        num_spares: 1 keeps a warm spare on this node, 0 none.
+        num_spares: warm spares that this node keeps where they cannot fork; 0 keeps none.
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.

@@ -63,9 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spares",
         type=int,
-        choices=(0, 1),
-        help="1: a warm process imports once and forks all workers of this node, 0: cold starts "
-        "(default 1 with --moetion, else 0)",
+        metavar="N",
+        help="1 or more: a warm process imports once and forks all workers of this node; where it "
+        "cannot fork, N are kept that become one worker each; 0: cold starts (default 1 with "
+        "--moetion, else 0)",
     )
     parser.add_argument(
         "--failure-domain",
@@ -147,6 +148,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name, None) != defaults.get_default(name):
             option_name = "--" + name.replace("_", "-")
             raise UsageError(f"{option_name} is not supported by moetion-run: {instead}")
+    if args.spares is not None and args.spares < 0:
+        raise UsageError(f"--spares {args.spares}: give a number of at least 0")
     if args.no_python and args.module:
         raise UsageError("--no-python and -m contradict each other: drop one")
 

@@ -35,7 +35,7 @@ from megatron_moetion.agent.leader import Leader, Unprotected
 from megatron_moetion.agent.membership import Member, MembershipError
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.seating import Seating
-from megatron_moetion.agent.spares import Assignment, Spare
+from megatron_moetion.agent.spares import COLD, Assignment, Spare, Spares
 from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.standby import LAPSED_CODE, Seat, take_seat
 from megatron_moetion.agent.supervision import Child
@@ -105,7 +105,9 @@ class Node:
         self._observer = Watch(
             self._own.global_ranks, self._pid_of, self._desk.notify, self._report
         )
-        self._spare: Spare | None = None
+        program = job.program
+        num_spares = job.num_spares if program is not None and program.interpreter else 0
+        self._spares = Spares(num_spares, self._make_spare, self._watch_spare, self._unwatch_spare)
         self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
         self._children: set[Child] = set()
@@ -128,7 +130,7 @@ class Node:
         supervision.adopt_orphans()
         self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
         try:
-            self._keep_spare()
+            self._spares.keep()
             self._begin()
             while self._code is None:
                 self._turn()
@@ -281,7 +283,8 @@ class Node:
 
     def _is_child(self, pid: int) -> bool:
         # A worker that has ended may not even have been heard of.
-        self._hear_spare()
+        for spare in self._spares.all:
+            self._hear_spare(spare)
         return any(child.pid == pid for child in self._children)
 
     def _post(self, item: Item | Written) -> None:
@@ -324,6 +327,9 @@ class Node:
                 elif item.message["op"] == "pong":
                     self._observer.pong(item.global_rank, item.message["number"])
                 else:
+                    if item.message["op"] == "steady":
+                        # What the first workers have used up; before that they need the machine.
+                        self._spares.keep()
                     self._pass_on(item.global_rank, item.message)
             case Written():
                 told = {"span": asdict(item.span), "error": item.error}
@@ -455,7 +461,7 @@ class Node:
         for rank in global_ranks:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
-            self._keep_spare()
+            self._spares.keep()
             self._log.emit("holds", epoch=message["epoch"], **holdings())
 
     def _report_damage(self, item: Damaged) -> None:
@@ -499,13 +505,18 @@ class Node:
             for rank in self._own.global_ranks:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
-    def _keep_spare(self) -> None:
-        wanted, program = self._job.num_spares > 0 and self._spare is None, self._job.program
-        if wanted and program is not None and program.interpreter:
-            ahead, self._ahead = self._ahead, None
-            self._spare = ahead or Spare(program.interpreter, self._job.env)
-            self._selector.register(self._spare.socket, selectors.EVENT_READ, self._hear_spare)
-            self._watch(self._spare.child)
+    def _make_spare(self) -> Spare:
+        program = self._job.program
+        assert program is not None
+        ahead, self._ahead = self._ahead, None
+        return ahead or Spare(program.interpreter, self._job.env)
+
+    def _watch_spare(self, spare: Spare) -> None:
+        self._selector.register(spare.socket, selectors.EVENT_READ, lambda: self._hear_spare(spare))
+        self._watch(spare.child)
+
+    def _unwatch_spare(self, spare: Spare) -> None:
+        self._selector.unregister(spare.socket)
 
     def _start(self, global_rank: int) -> None:
         """Start a worker: by the spare, which may still be importing, or cold."""
@@ -516,15 +527,14 @@ class Node:
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
         argv = (program.script, *program.args)
         assignment = Assignment(global_rank, program.module, argv, env)
-        if self._spare is not None and self._spare.assign(assignment):
-            self._starts[global_rank] = "warm" if self._spare.ready else "booting"
-        else:
+        self._starts[global_rank] = self._spares.assign(assignment)
+        if self._starts[global_rank] == COLD:
             self._start_cold(global_rank)
 
     def _start_cold(self, global_rank: int) -> None:
         assert self._job.program is not None
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
-        self._starts[global_rank] = "cold"
+        self._starts[global_rank] = COLD
         child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
         self._watch(child)
         self._started(global_rank, child)
@@ -534,24 +544,15 @@ class Node:
         told = {"start": self._starts.pop(global_rank), "pid": child.pid, "epoch": self._epoch}
         self._log.emit("started", global_rank=global_rank, **told)
 
-    def _hear_spare(self) -> None:
-        if self._spare is None:
-            return
-        spare, heard = self._spare, self._spare.hear()
+    def _hear_spare(self, spare: Spare) -> None:
+        heard = self._spares.hear(spare)
+        if heard.ready:
+            self._log.emit("spare", pid=spare.child.pid, obstacle=spare.obstacle)
         for rank, child in heard.born.items():
             if child is not spare.child:
                 self._watch(child)
             self._started(rank, child)
         for rank in heard.cold:
-            self._start_cold(rank)
-        if heard.over or spare.child in heard.born.values():
-            self._let_spare_go()
-
-    def _let_spare_go(self) -> None:
-        assert self._spare is not None
-        spare, self._spare = self._spare, None
-        self._selector.unregister(spare.socket)
-        for rank in spare.close():
             self._start_cold(rank)
 
     def _watch(self, child: Child) -> None:
@@ -559,10 +560,12 @@ class Node:
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
 
     def _ended(self, child: Child) -> None:
-        if self._spare is not None and child is self._spare.child:
-            self._hear_spare()
-            if self._spare is not None:
-                self._let_spare_go()
+        spare = self._spares.of(child)
+        if spare is not None:
+            self._hear_spare(spare)
+            # A worker that it has forked just now may hold its end of the socket, too.
+            for rank in self._spares.let_go(spare) if self._spares.of(child) else []:
+                self._start_cold(rank)
         self._selector.unregister(child.pidfd)
         self._children.discard(child)
         code = supervision.reap(child)
@@ -582,9 +585,9 @@ class Node:
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        elif self._spare is not None and global_rank in self._starts:
+        elif (spare := self._spares.starting(global_rank)) is not None:
             # It was to start the worker, and has not; its end has the worker started cold.
-            self._spare.child.kill(signal.SIGKILL)
+            spare.child.kill(signal.SIGKILL)
 
     def _lost(self, rank: int, code: int, pid: int) -> None:
         """A worker has ended."""
