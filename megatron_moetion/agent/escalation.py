@@ -77,8 +77,11 @@ class Tried:
     def __str__(self) -> str:
         """The tiers, for the line with which a job ends."""
         num = len(self.recoveries)
-        localized = f"{num} localized recover{'y' if num == 1 else 'ies'}"
-        return ", ".join([localized] * (num > 0) + [tier for tier, _ in self.steps]) or "no tier"
+        told = [f"{num} localized recover{'y' if num == 1 else 'ies'}"] * (num > 0)
+        for tier in (Tier.MEMORY, Tier.SPILL):
+            times = sum(step is tier for step, _ in self.steps)
+            told += [str(tier) if times == 1 else f"{times} {tier}s"] * (times > 0)
+        return ", ".join(told) or "no tier"
 
 
 NOTHING_TRIED = Tried()
@@ -97,12 +100,5 @@ def after_failure(tried: Tried, now: float, budget: RestartBudget) -> tuple[Trie
     known = tried.within(budget.seconds, now)
     if known.since_step < budget.num:
         return replace(known, recoveries=(*known.recoveries, now)), Tier.LOCALIZED
-    return below(known, now)
-
-
-def below(tried: Tried, now: float) -> tuple[Tried, Tier]:
-    """The next tier, where those that were tried have not helped; returns what `after_failure`
-    does.
-    """
-    tier = tried.lowest.next
-    return (tried.with_step(tier, now) if tier is Tier.MEMORY else tried), tier
+    tier = known.lowest.next
+    return (known.with_step(tier, now) if tier is Tier.MEMORY else known), tier

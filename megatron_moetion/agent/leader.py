@@ -280,7 +280,8 @@ class Leader:
                 self._send(self._members.node_of(command.global_rank), order)
             case Expel():
                 ranks = list(command.global_ranks)
-                line = f"{command.reason}: ranks {ranks} are killed, and a new round begins"
+                killed = f"ranks {ranks} are killed, and " if ranks else ""
+                line = f"{command.reason}: {killed}a new round begins"
                 print(f"moetion-run: {line}", file=sys.stderr)
                 for rank in ranks:
                     self._kill(rank)

@@ -26,6 +26,7 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.doubts import Doubts
 from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier, Tried, after_failure
 from megatron_moetion.agent.traces import Trace, Traces
 from megatron_moetion.config import DEFAULT_BUDGET, Config, RestartBudget
@@ -40,6 +41,7 @@ class _Answers:
     positions: dict[int, Json] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     gathered: dict[int, Gathered] = field(default_factory=dict)
+    rebuilt: set[int] = field(default_factory=set)
 
 
 class Round:
@@ -85,6 +87,8 @@ class Round:
         self._expelled_in: int | None = None
         self._budget, self._tried = budget, tried
         self._restarting: set[int] = set()
+        self._rebuilt: set[int] = set()
+        self._doubts = Doubts()
 
     @property
     def phase(self) -> Phase:
@@ -157,10 +161,13 @@ class Round:
         """Replaces a worker that failed in an iteration, or ends the job if it does so always."""
         rank = event.global_rank
         self._traces.left(rank, iteration)
+        rejected = self._doubts.rejected_by(rank)
         if rank in self._restarting:
             # It was killed to be started anew.
             self._restarting.discard(rank)
             return self._freeze(event)
+        if rejected:
+            return self._distrust(event, iteration or 0)
         self._failures[rank, iteration] += 1
         times = self._failures[rank, iteration]
         if times <= self._max_retries:
@@ -189,11 +196,45 @@ class Round:
         seconds = f"{self._budget.seconds:g} s (--moetion-restart-budget {self._budget})"
         return self._down(f"more than {self._budget.num} recoveries within {seconds}", tier, begin)
 
-    def _down(self, reason: str, tier: Tier, begin: Callable[[], list[Command]]) -> list[Command]:
+    def _distrust(self, event: Exited, iteration: int) -> list[Command]:
+        """The host rejects what comes right out of state that was rebuilt from memory: who was
+        rebuilt is rebuilt once more, and what it reads is looked through; where that did not help,
+        the next tier is tried.
+        """
+        tier, trace = self._doubts.raised(iteration), self._traces.of(iteration)
+        if tier is None:
+            return self._freeze(event)
+        reason = "what was rebuilt from memory gives results that the host rejects"
+        reason += f": {trace.last}" if trace is not None else ""
+        if tier is not Tier.LOCALIZED:
+            if tier is Tier.MEMORY:
+                self._tried = self._tried.with_step(tier, event.at)
+            return self._down(reason, tier, lambda: self._freeze(event), trace)
+        suspects = self._rebuilt if self.phase is Phase.TRAINING else set()
+        return self._against(event.at, lambda: self._look_through(event, suspects, reason))
+
+    def _look_through(self, event: Exited, suspects: set[int], reason: str) -> list[Command]:
+        commands = self._freeze(event)
+        self._restarting |= suspects - self._dead
+        step = {"epoch": self.epoch, "global_ranks": sorted(self._restarting), "reason": reason}
+        looks = f"{reason}; {Tier.LOCALIZED}, and frames are looked through"
+        return [
+            Record("distrusted", step),
+            *commands,
+            Expel(tuple(sorted(self._restarting)), looks),
+        ]
+
+    def _down(
+        self,
+        reason: str,
+        tier: Tier,
+        begin: Callable[[], list[Command]],
+        trace: Trace | None = None,
+    ) -> list[Command]:
         """Tries a tier below, or ends the job if that is nothing that workers could be part of."""
         step = Record("escalated", {"epoch": self.epoch, "tier": tier, "reason": reason})
         if tier is not Tier.MEMORY:
-            return [step, *self._hopeless(reason, state_lost=tier is Tier.SPILL)]
+            return [step, *self._hopeless(reason, state_lost=tier is Tier.SPILL, trace=trace)]
         commands = begin()
         self._restarting |= self._survivors | self._ready
         anew = f"{reason}; {tier}: all workers start anew from what memory holds"
@@ -279,6 +320,7 @@ class Round:
                 self._finished.add(rank)
             case "failed":
                 self._traces.raised(rank, message["trace"], message["echo"])
+                self._doubts.told(rank, bool(message.get("rejected")))
             case "damaged":
                 return self._damaged(message)
             case "unfit":
@@ -321,6 +363,8 @@ class Round:
             # Where they go on may be before what counted as committed.
             self._committed = message.get("iteration", self._committed)
             self._answers.done.add(rank)
+            if message.get("rebuilt"):
+                self._answers.rebuilt.add(rank)
         return self._advance()
 
     def _gathered(self, event: Gathered) -> list[Command]:
@@ -368,6 +412,7 @@ class Round:
 
     def _facts(self) -> list[Command]:
         self._machine.take(Step.GATHERED)
+        self._doubts.looks_through()
         positions: Json = {}
         for node_rank in sorted(self._answers.gathered):
             told = self._answers.gathered[node_rank].positions
@@ -387,6 +432,7 @@ class Round:
             "positions": known,
             "frames": frames,
             "starts": self._starts(positions),
+            "doubted": self._doubts.any,
             "logged": {
                 rank: max(below, known[rank].get("since", 0))
                 for answer in self._answers.gathered.values()
@@ -434,6 +480,7 @@ class Round:
         self._went_on.append((self.epoch, self._committed))
         self._dead.clear()
         self._ready.clear()
+        self._rebuilt = self._answers.rebuilt
         self._expelled.clear()
         self._restarting.clear()
         self._traces.goes_on()

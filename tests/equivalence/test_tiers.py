@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from .harness import CUTS, Run, Runner, assert_same_bits, kills
@@ -46,3 +49,54 @@ def test_failures_past_the_budget_go_down_the_tiers_to_a_line_that_says_what_was
     tried = "tried: 6 localized recoveries, memory restart, spill"
     assert said[2].startswith(f"moetion-run: ending the job: {reason}; {tried}; the same command")
     assert len(said) == 3
+
+
+DIVERGED = Path(__file__).with_name("nan_pretrain.py")
+NAN_FROM = 24
+STEADY = ["--moetion-window", "4", "--moetion-popularity", "none", "--moetion-spill-interval", "1"]
+"""Bases are counted here."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_nan_behind_a_rebuild_costs_what_it_came_from_its_trust_tier_by_tier(
+    runner: Runner, off: Run, cut: str
+) -> None:
+    # There is an older base without the first poisoned frame, and none without the second.
+    faults = [poison(3, 9), kill(3, 10), poison(2, 13), kill(2, 16)]
+    flags = ["--moetion", "--moetion-cut", cut, *STEADY, "--moetion-fault", ";".join(faults)]
+    # Else the host runs the iteration again and ends to be started on other devices.
+    flags += ["--rerun-mode", "disabled"]
+    env = {"MOETION_TEST_NAN_FROM": str(NAN_FROM)}
+    run = runner.run(f"nan-{cut}", iterations=40, flags=flags, script=DIVERGED, env=env)
+    assert run.code == 1, run.tail()
+    # Rebuilt from what was poisoned, no rank ends with other bits.
+    assert_same_bits(run, off, NAN_FROM - 1, lines_may_repeat=True)
+    quarantined = {(e["global_rank"], e["key"]) for e in run.events("quarantined")}
+    assert quarantined == {(3, "frame/9/state"), (2, "frame/13/state")}
+    assert run.log.count("not finite when it was sealed: main of ") >= 2
+    first, second = run.events("fell-back")
+    assert first["iteration"] in (8, 12)
+    assert "no complete set of frames is left" in first["reason"] or cut == "shard"
+    # What is NaN whatever it begins with goes down to the last tier, with what was raised first.
+    assert second["iteration"] == 20
+    # The second time there is no newer spill.
+    steps = [e["tier"] for e in run.events("escalated")]
+    assert steps == ["memory restart", "spill"] * 2
+    shown, _, last = run.log.rpartition("moetion-run: ending the job: ")
+    assert "\n" not in last.strip()
+    assert last.startswith("what was rebuilt from memory gives results that the host rejects: ")
+    tried = (
+        r"; tried: \d localized recoveries, 2 memory restarts, 2 spills; restart from a Megatron"
+    )
+    assert re.search(tried, last), last
+    raised = shown.rpartition("raised first:\n")[2].splitlines()
+    assert "nan" in raised[-1]
+    assert all(line.startswith("[rank") for line in raised)
+
+
+def poison(global_rank: int, iteration: int) -> str:
+    return f"poison:global_rank={global_rank},iteration={iteration},at=capture"
+
+
+def kill(global_rank: int, iteration: int) -> str:
+    return f"kill:global_rank={global_rank},iteration={iteration},at=backward:1"

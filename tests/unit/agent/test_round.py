@@ -355,6 +355,44 @@ def test_past_the_budget_all_workers_start_anew_and_none_of_their_ends_counts() 
     assert str(end.tried) == "6 localized recoveries, memory restart"
 
 
+def reject(leader: Round, rank: int, iteration: int = 5) -> list[Command]:
+    """A worker leaves with a result that the host refuses right behind a rebuild."""
+    leader.feed(say(rank, "failed", trace=["NaN"], echo=False, rejected=True))
+    return leader.feed(replace(die(rank, iteration), code=1))
+
+
+def test_what_is_rejected_behind_a_rebuild_costs_those_that_were_rebuilt_and_then_everybody() -> (
+    None
+):
+    leader = Round(NODES, max_retries=1)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.RESTORING)
+    rebuilt = {rank: rank in (2, 3) for rank in WORLD}
+    feed_all(leader, [say(r, "joined", epoch=1, rebuilt=rebuilt[r]) for r in WORLD])
+    # Rank 0 meets it, and so does rank 1; it came from ranks 2 and 3.
+    commands = reject(leader, 0)
+    assert recorded(commands)[0] == "distrusted"
+    assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(2, 3)]
+    assert recorded(reject(leader, 1)) == ["detected"]
+    feed_all(leader, [die(2), die(3)])
+    drive(leader, {*WORLD}, Phase.GATHERING)
+    leader.feed(gathered(leader, 1))
+    (facts,) = notices(leader.feed(gathered(leader, 0)), "facts")
+    assert facts.message["doubted"]
+    # It did not help.
+    commands = reject(leader, 3)
+    assert [c.fields["tier"] for c in commands if isinstance(c, Record) and "tier" in c.fields] == [
+        Tier.MEMORY
+    ]
+    assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(0, 1, 2)]
+    feed_all(leader, [die(0), die(1), die(2)])
+    drive(leader, {*WORLD}, Phase.TRAINING)
+    (end,) = ends(reject(leader, 1))
+    assert end.state_lost
+    assert end.trace is not None
+    assert "memory restart" in str(end.tried)
+
+
 def test_what_was_tried_before_a_start_from_a_spill_still_counts() -> None:
     tried = Tried((1.0,), ((Tier.MEMORY, 2.0), (Tier.SPILL, 3.0)))
     leader = Round(NODES, budget=RestartBudget(1, 60.0), tried=tried)
