@@ -81,6 +81,10 @@ class Nodes:
                 continue
             raise AssertionError(f"the leader ended with {code} and there was no {kind} {fields}")
 
+    def events(self) -> list[dict[str, Any]]:
+        """All that there are."""
+        return read(self.directory)
+
     def worker(self, global_rank: int) -> int:
         return int(self.until("welcome", 1, who=f"rank-{global_rank}")[-1]["pid"])
 

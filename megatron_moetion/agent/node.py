@@ -147,6 +147,12 @@ class Node:
             self._log.close()
         if self._fall_back is None:
             return self._code
+        # From here on there is nobody but this process to be ended.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        missed = self._signals()
+        if missed:
+            return 128 + missed[0]
         while self._leader is None and not isinstance(self._items.get(), PeerGone):
             # Until its process is another, the store there is still that of the failed run.
             pass
@@ -242,8 +248,7 @@ class Node:
         self._equipment.replication.stop()
         lease = f"{self._seat.pulse.lease.total_seconds():g} s (--moetion-lease)"
         if stopped_for is None:
-            way = way_on(self._spilled, self._job.protected)
-            line = f"nothing was heard of node 0, the leader, for {lease}: this node ends{way}"
+            line = f"nothing was heard of node 0, the leader, for {lease}: {self._without_leader}"
         else:
             line = (
                 f"this agent was stopped for {stopped_for:.1f} s, longer than its lease of {lease}:"
@@ -252,6 +257,11 @@ class Node:
         print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr, flush=True)
         self._log.emit("lapsed", stopped_for=stopped_for)
         os._exit(LAPSED_CODE)
+
+    @property
+    def _without_leader(self) -> str:
+        tried = "; tried: no tier, as node 0 hosts the job's store" if self._job.protected else ""
+        return f"this node ends{tried}{way_on(self._spilled, self._job.protected)}"
 
     def _await_peers(self) -> None:
         """Every agent is connected before anything can fail."""
@@ -300,8 +310,15 @@ class Node:
         signal.set_wakeup_fd(self._wake_end.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._woken_end, selectors.EVENT_READ, self._woken)
 
+    def _signals(self) -> list[int]:
+        """Numbers of signals that have come since it was asked last."""
+        try:
+            return [n for n in self._woken_end.recv(4096, socket.MSG_DONTWAIT) if n in SIGNALS]
+        except BlockingIOError:
+            return []
+
     def _woken(self) -> None:
-        numbers = [number for number in self._woken_end.recv(4096) if number in SIGNALS]
+        numbers = self._signals()
         if numbers and self._code is None:
             self._report({"op": "signalled", "number": numbers[0]})
             if self._leader is None:
@@ -351,8 +368,7 @@ class Node:
             case PeerGone() if self._seating is not None:
                 self._seating.gone(item)
             case PeerGone() if self._peers.get(0) is item.channel:
-                way = way_on(self._spilled, self._job.protected)
-                line = f"the leader, node 0, is gone ({item.why}): this node ends{way}"
+                line = f"the leader, node 0, is gone ({item.why}): {self._without_leader}"
                 print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr)
                 self._end("the leader is gone", 1)
 

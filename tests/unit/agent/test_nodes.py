@@ -115,7 +115,8 @@ def test_the_loss_of_node_0_ends_all_others_within_a_lease_and_says_what_is_inta
     else:
         assert code == LAPSED_CODE
         assert f"nothing was heard of node 0, the leader, for {LEASE} s (--moetion-lease)" in line
-        assert line.endswith("; restart from a Megatron checkpoint with --load")
+        assert line.endswith("; restart from a Megatron checkpoint with --load, or afresh")
+    assert "; tried: no tier, as node 0 hosts the job's store; " in line
     assert sum("node 0" in line for line in lines) == 1
     code, lines = ended(standby)
     assert code in (1, LAPSED_CODE)
