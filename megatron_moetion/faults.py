@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "hold", "corrupt")
+KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "hold", "corrupt", "poison")
 PLACES = (
     "start",
     "batch",
@@ -45,6 +45,8 @@ IN_RECOVERY = PLACES[PLACES.index("planning") :]
 """Places of a worker that recovers, survivor or replacement."""
 DAMAGED_PLACES = ("capture", "transfer", "stored")
 """Where a frame is damaged: when it is sealed, on its way to a holder, once copies are there."""
+_OF_FRAMES = {"corrupt": DAMAGED_PLACES, "poison": DAMAGED_PLACES[:1]}
+"""What is done to frames, and where."""
 
 
 class InjectedFault(RuntimeError):
@@ -60,12 +62,12 @@ class Fault:
             once), `exit0` (code 0, as if the script were finished), `oom` (memory is asked for
             that no device has), `stop` (SIGSTOP to itself), `spin` (an endless loop in C that never
             gives the GIL away: `sum` over `itertools.repeat`), `hold` (it stays there until another
-            rank fails, and goes on), `corrupt` (a bit of the frame of
-            that iteration flips).
+            rank fails, and goes on), `corrupt` (a bit of the frame of that iteration flips),
+            `poison` (optimizer state in it is NaN before it is sealed).
         global_rank: who fails, or whose frame it is.
         iteration: in which iteration (1 is the first optimizer step). IN_RECOVERY it is the one
             that counts as done, but for `planning`, where that is not known yet.
-        place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
+        place: one of PLACES, for `corrupt` one of DAMAGED_PLACES, for `poison` its first.
         microbatch: the number, from 0: of the pass or batch on this rank (`forward`, `backward`,
             `batch`, `evaluate`), of the barrier in saving (`save`: 0 is before the first file, K is
             before barrier K), of the interlude after an iteration (`ended`), of the iteration that
@@ -95,7 +97,7 @@ def _parse_one(text: str) -> Fault:
             f"fault '{text}' {what}; write e.g. kill:global_rank=3,iteration=7,at=backward:1"
         )
     place, _, count = fields["at"].partition(":")
-    places = DAMAGED_PLACES if kind == "corrupt" else PLACES
+    places = _OF_FRAMES.get(kind, PLACES)
     if place not in places:
         raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(places)}")
     if (place in COUNTED) != bool(count):
@@ -163,13 +165,20 @@ class Injector:
                 iteration,
                 microbatch,
             )
-            if here and fault.kind != "corrupt":
+            if here and fault.kind not in _OF_FRAMES:
                 self._take(index)
                 self._hold() if fault.kind == "hold" else _fire(fault)
 
     def corrupts(self, iteration: int) -> bool:
         """Whether the frame of this iteration is to be damaged; true once."""
-        wanted = ("corrupt", "capture", iteration)
+        return self._due("corrupt", iteration)
+
+    def poisons(self, iteration: int) -> bool:
+        """Whether the frame of this iteration is to be sealed with NaN in it; true once."""
+        return self._due("poison", iteration)
+
+    def _due(self, kind: str, iteration: int) -> bool:
+        wanted = (kind, "capture", iteration)
         due = [i for i, f in self._mine.items() if (f.kind, f.place, f.iteration) == wanted]
         for index in due:
             self._take(index)

@@ -131,7 +131,7 @@ def facts_of(notice: Notice) -> Facts:
     dead = tuple(notice["dead"])
     cut = next((e["meta"]["cut"] for entries in notice["frames"].values() for e in entries), "")
     told = (notice["epoch"], notice["committed"], dead, positions, frames, starts, logged)
-    return Facts(*told, cut)
+    return Facts(*told, cut, notice["doubted"])
 
 
 @dataclass

@@ -55,7 +55,7 @@ from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
 from megatron_moetion.recovery.remade import Remade
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
-from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
+from megatron_moetion.snapshot.frame import layout, operator_ends, poison, sources, to_meta
 from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
@@ -116,7 +116,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
-        self._quiet = 0
+        self._quiet = self._doubtful = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -132,6 +132,13 @@ class Session:
             self.job.send("position", position=position.to_json())
             if position.progress.order >= Progress.AFTER_STEP.order:
                 self._settle()
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether what this rank computes comes right out of state that was rebuilt from memory,
+        its own or its peers'.
+        """
+        return self.cursor.mode is Mode.REPLAY or self.cursor.iteration <= self._doubtful
 
     def _settle(self) -> None:
         """Tells once that this rank stands where it is to stand, and not before anybody asks."""
@@ -415,12 +422,16 @@ class Session:
         meta = {**to_meta(iteration, plan, pieces, self._stepped), "epoch": self.log.epoch}
         meta["cut"] = self.job.config.cut
         ends = operator_ends(pieces, nbytes)
-        damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
+        live, injector = self.cursor.mode is Mode.LIVE, self.job.injector
+        damage = live and injector.corrupts(iteration)
+        poisoned = live and injector.poisons(iteration)
         copied = self._frame
 
         def publish() -> None:
             if copied.nbytes:
                 self.steering.pace.copied(copied.nbytes, copied.seconds())
+            if poisoned:
+                poison(pieces, data)
             vault.seal(key, meta, ends)
             if damage:
                 data[0] ^= 1
@@ -700,6 +711,7 @@ class Session:
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
         self.job.injector.reach("regroup", plan.committed)
+        self.frames.doubted = facts.doubted
         swapped = self.job.groups.rebuild(
             plan.epoch, self.job.connect_store, lambda: self.job.init_world(plan.epoch)
         )
@@ -785,7 +797,9 @@ class Session:
                 self._position = replace(self._position, since=self._logs_since)
                 self.job.send("position", position=self._position.to_json())
         told = {"iteration": plan.committed, "digest": plan.digest, "replayed": replayed}
-        self.job.send("joined", epoch=plan.epoch, **told)
+        rebuilt = plan.stage(self.topology.pp_rank) is not None
+        rebuilt = rebuilt or self.job.global_rank in dict(plan.shards)
+        self.job.send("joined", epoch=plan.epoch, rebuilt=rebuilt, **told)
         self.job.notices.wait("resume", plan.epoch)
         self.log.epoch = plan.epoch
         self._undone_to = sys.maxsize
@@ -793,7 +807,7 @@ class Session:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
         told = {"replayed": replayed, "iteration": plan.committed}
         self.job.events.emit("resumed", epoch=plan.epoch, **told)
-        self._quiet = plan.committed + UNTIL_QUIET
+        self._quiet, self._doubtful = plan.committed + UNTIL_QUIET, plan.committed + 1
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
         dead = self.job.global_rank in plan.dead

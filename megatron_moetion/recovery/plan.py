@@ -118,6 +118,7 @@ class Facts:
         logged: of every rank with a position, the oldest iteration of which what it sent over
             stage edges is still in its log; 0 for one that is not named.
         cut: that the frames were captured for; empty where there are none.
+        doubted: a rebuild has led to results that the host rejects, so frames are looked through.
     """
 
     epoch: int
@@ -128,6 +129,7 @@ class Facts:
     starts: Mapping[int, frozenset[int]] = field(default_factory=dict)
     logged: Mapping[int, int] = field(default_factory=dict)
     cut: str = ""
+    doubted: bool = False
 
     @property
     def lost(self) -> frozenset[int]:

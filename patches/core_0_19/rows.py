@@ -186,6 +186,18 @@ ROWS: tuple[Patch, ...] = (
         retire_when="Megatron logs batches",
     ),
     Patch(
+        target="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        how="around",
+        handler=t.validate_result,
+        signature=(
+            "(self, result, rejection_func, message, comparison_func=..., tolerance=..., fatal=...)"
+        ),
+        digest="48120a1d94e8",
+        stage="recovery",
+        why="a NaN right behind a rebuild says that what it was rebuilt from is not to be trusted",
+        retire_when="Megatron tells who rejects a result before it acts on it",
+    ),
+    Patch(
         target="megatron.core.pipeline_parallel.schedules:forward_step",
         how="around",
         handler=t.counted("forward"),
