@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +42,16 @@ class InboxLog:
         self._store, self._global_rank, self._device = store, global_rank, device
         self.epoch = 0
 
-    def write(self, key: Key, tensors: Sequence[torch.Tensor]) -> None:
-        """Logs tensors. Once this returns, the caller may overwrite or free the sources."""
-        self.write_state(key, [t.detach() for t in tensors])
+    def write(
+        self, key: Key, tensors: Sequence[torch.Tensor], check: Callable[[], None] | None = None
+    ) -> None:
+        """Logs tensors. Once this returns, the caller may overwrite or free the sources.
+
+        Args:
+            check: called when their bytes have been read and nobody can see the entry yet; what it
+                raises leaves no entry.
+        """
+        self.write_state(key, [t.detach() for t in tensors], check)
 
     def read(
         self, key: Key, global_ranks: Iterable[int], since: int = 0
@@ -58,13 +65,18 @@ class InboxLog:
         assert found is None or isinstance(found, list)
         return found
 
-    def write_state(self, key: Key, state: Any) -> None:
+    def write_state(self, key: Key, state: Any, check: Callable[[], None] | None = None) -> None:
         """Logs nested containers of tensors and scalars (see `snapshot.bundle`).
+
+        Args:
+            check: see `write`.
 
         Raises:
             bundle.Unsupported: naming a value that cannot be logged.
         """
         meta, data = bundle.pack(state)
+        if check is not None:
+            check()
         self._store.put(str(key), data, {**meta, "epoch": self.epoch})
 
     def read_state(

@@ -266,6 +266,7 @@ class CollectiveTap:
         while True:
             try:
                 result = self._run(host, bound, self._topology.spans_stages(members))
+                self._log.write(key, outputs, self._groups.waits.only_intact)
             except Exception as error:
                 if not is_communication_error(error):
                     raise
@@ -273,7 +274,7 @@ class CollectiveTap:
                 self._groups.waits.settle()
                 (self._gate.pause if repeatable else self._gate.await_commit)(error)
             else:
-                break
+                return result
             if self._feed(key, outputs, members):
                 return None
             if not repeatable:
@@ -282,8 +283,6 @@ class CollectiveTap:
                 )
             for tensor, value in zip(outputs, before, strict=True):
                 tensor.copy_(value)
-        self._log.write(key, outputs)
-        return result
 
     def _run(self, host: Callable[..., Any], bound: inspect.BoundArguments, crosses: bool) -> Any:
         if "group" in bound.arguments:

@@ -165,8 +165,8 @@ class Plan:
         stages: under the stage cut, an entry for each failed stage; all others wait.
         shards: under the shard cut, (global rank, base) of each rank that rebuilds itself by
             updates; all others keep what they have.
-        unfinished: under the shard cut, survivors that were in the update of the committed
-            iteration: they finish it but for the gather of their parameters, which is made up for.
+        unfinished: under the shard cut, survivors that were in the committed iteration: they finish
+            it but for the gather of their parameters, which is made up for.
     """
 
     epoch: int
@@ -427,9 +427,12 @@ def make_shard_plan(facts: Facts) -> Plan:
 
 
 def _unfinished(facts: Facts, survivors: Iterable[int]) -> Iterator[int]:
+    """Survivors that may lack parameters: a device may be behind the place that its rank has told,
+    but not where a training step has returned, as its small talk waits for the device.
+    """
     for rank in survivors:
         position = facts.positions[rank]
-        inside = position.progress.order < Progress.AFTER_STEP.order
+        inside = position.progress is not Progress.RETURNED
         if (position.iteration == facts.committed and inside) or not position.gathered:
             yield rank
 

@@ -12,6 +12,7 @@ from megatron_moetion.inbox.key import BoundaryKey, CollectiveKey, Direction
 from megatron_moetion.inbox.tap import Cursor, Mode, at
 from megatron_moetion.recovery.failure import Interrupted, MissingFromInbox
 from megatron_moetion.recovery.plan import Progress
+from megatron_moetion.recovery.waiting import Wait
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
@@ -179,6 +180,20 @@ class TestALostPeer:
         found = [reduce(stage, host, group=group(stage, 1)) for _ in range(2)]
         assert found == [8, 1]
         assert host.calls == 1
+
+    def test_a_result_that_comes_after_a_failure_was_told_is_not_taken(self, stage: Stage) -> None:
+        # On a GPU an aborted collective ends as if all were well.
+        stage.cursor.progress, waits = Progress.AFTER_STEP, stage.groups.waits
+        waits.call_off(1, Wait.MAKING)
+        seen = []
+
+        def renewed() -> None:
+            seen.append(stage.log.read(CollectiveKey(ITERATION, "world", 0), [0]))
+            waits.renew(1)
+
+        stage.gate.on_pause, host = renewed, Collective()
+        assert reduce(stage, host, 10) == 11
+        assert (host.calls, stage.gate.asked, seen) == (2, ["pause"], [None])
 
     def test_in_the_next_iteration_nothing_is_fed(self, stage: Stage) -> None:
         stage.cursor.refeed = ITERATION - 1

@@ -340,7 +340,7 @@ def test_a_shard_plan_loads_each_part_once_and_has_each_update_since(
         rank
         for rank in survivors
         if (p := facts.positions[rank]).iteration == at == facts.committed
-        and p.progress in (Progress.BEFORE_COMMIT, Progress.STEPPING)
+        and p.progress is not Progress.RETURNED
     }
     for rank, base in rebuilt.items():
         frames = {f.iteration: f for f in facts.frames[rank]}
