@@ -25,6 +25,8 @@ PHASES = {
 OUTSIDE = "from outside"
 PROPERTY = "recovered"
 """Under that name a report carries a row, in whatever process its test ran."""
+HARMLESS = tuple(f"Fault(kind='{kind}'" for kind in ("corrupt", "hold"))
+"""How faults begin that no worker ends by."""
 FAULT = re.compile(r"kind='(\w+)', .*place='([\w-]+)', microbatch=(\w+)")
 
 
@@ -96,7 +98,7 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
     for event in told:
         kind = event["kind"]
         if not event["who"].startswith("agent"):
-            if kind == "fault":
+            if kind == "fault" and not event["fault"].startswith(HARMLESS):
                 fired[int(event["who"].removeprefix("rank"))] = event["fault"]
             elif now is not None and kind in ("restored", "replayed", "went-back"):
                 now.workers.append(event)

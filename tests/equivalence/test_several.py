@@ -24,7 +24,7 @@ MOMENTS: dict[int, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
 waited for, who is killed at that)}.
 """
 SCRIPTED_FROM = 70
-APART = 5
+APART = 4
 BEGINS = "backward:1"
 RECOVERIES = (
     ((1, BEGINS), (3, "planning")),
@@ -41,8 +41,10 @@ REPLAYS = (
     ((2, BEGINS), (2, "replay:1"), (0, "resume")),
 )
 """The same where there is a replay."""
-LAST = SCRIPTED_FROM + APART * len(RECOVERIES + REPLAYS) + 4
-STARTS = [(2, LAST - 4, "start"), (0, LAST - 2, "start")]
+SINGLY = ((2, "start"), (0, "start"), (1, "commit"), (3, "commit"))
+"""Alone, every other iteration, after all that."""
+SINGLY_FROM = SCRIPTED_FROM + APART * len(RECOVERIES + REPLAYS)
+LAST = SINGLY_FROM + 2 * len(SINGLY)
 
 
 def scripted(cut: str) -> tuple[list[tuple[int, int, str]], list[list[int]]]:
@@ -54,7 +56,8 @@ def scripted(cut: str) -> tuple[list[tuple[int, int, str]], list[list[int]]]:
         done = {BEGINS: iteration, "planning": iteration}
         failures += [(rank, done.get(place, iteration - 1), place) for rank, place in attempt]
         recovered.append(sorted({rank for rank, _ in attempt}))
-    return failures + STARTS, recovered + [[rank] for rank, *_ in STARTS]
+    failures += [(rank, SINGLY_FROM + 2 * n, place) for n, (rank, place) in enumerate(SINGLY)]
+    return failures, recovered + [[rank] for rank, _ in SINGLY]
 
 
 def _kill_at_each_moment(directory: Path) -> None:

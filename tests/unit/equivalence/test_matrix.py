@@ -53,6 +53,13 @@ def test_a_row_says_who_failed_where_and_what_it_was_recovered_from() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["corrupt", "hold"])
+def test_a_fault_that_ends_nobody_is_not_why_its_rank_died_later(kind: str) -> None:
+    harmless = ("rank3", "fault", {"fault": FAULT.replace("kill", kind)})
+    (row,) = rows("run", "stage", 2, told(harmless, *ONE[1:2], ENDED))
+    assert row.points == "rank 3 (stage 1) killed from outside"
+
+
 def test_a_recovery_that_does_not_end_is_no_row_and_is_named() -> None:
     events = told(*ONE, ENDED, *ONE)
     assert len(rows("run", "stage", 2, events)) == 1
