@@ -73,9 +73,18 @@ def test_any_number_of_workers_is_replaced_as_long_as_their_agents_live(
     flags = ["--moetion", "--moetion-cut", cut, "--moetion-window", "4", *kills(*failures)]
     name = f"several-{cut}"
     run = runner.run(
-        name, iterations=LAST, flags=flags, meddle=_kill_at_each_moment, afresh=cut == "stage"
+        name,
+        iterations=LAST,
+        flags=flags,
+        launcher_flags=["--spares", "2"],
+        meddle=_kill_at_each_moment,
+        afresh=cut == "stage",
     )
     assert run.code == 0, run.tail()
     killed = [sorted({*first, *second}) for first, _, second in MOMENTS.values()]
     assert [e["recovered"] for e in run.recoveries] == killed + recovered
+    # Each of those that died at once has had a warm start, too.
+    starts = [e["start"] for e in run.events("started") if e["epoch"] > 0]
+    num_killed = sum(len(first) + len(second) for first, _, second in MOMENTS.values())
+    assert starts == ["warm"] * (num_killed + len(failures))
     assert_same_bits(run, off, LAST, lines_may_repeat=True)
