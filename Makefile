@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak gpu gpu-bundle set-up clean
+.PHONY: help demo test lint soak calm gpu gpu-bundle set-up clean
 
 PY := .venv/bin/python
 STAMP := .venv/set-up.stamp
@@ -27,8 +27,11 @@ lint: $(STAMP)  ## ruff, mypy, and whether patches/README.md fits the patch rows
 	$(PY) -m mypy
 	$(PY) -W ignore -m megatron_moetion ledger --check
 
-soak: $(STAMP)  ## 30 minutes of failures at random instants for each cut (SOAK_ARGS="--minutes 5")
+soak: $(STAMP)  ## 60 failures at random instants for each cut (SOAK_ARGS="--failures 9 --seed 5")
 	$(PY) -m tests.soak $(SOAK_ARGS)
+
+calm: $(STAMP)  ## 30 minutes without a failure, slow and on busy cores: nothing is taken for one
+	$(PY) -m tests.soak.calm $(CALM_ARGS)
 
 gpu: ## the same identity with real CUDA streams, all ranks on one GPU
 	launch/gpu/run.sh

@@ -143,10 +143,12 @@ class GroupRecorder:
         """No paused call is left that could hold a group of an earlier epoch: let them end.
 
         A gloo group that is only cut keeps its threads, and they keep polling dead connections. But
-        its end waits for its threads, so one with a call that never ends is kept.
+        its end waits for its collectives, and one that was dropped may sleep until the group's
+        timeout (see `Waits.settle`). So each group ends in a thread of its own.
         """
-        if self._stale and self.waits.all_ended():
-            self._stale.clear()
+        while self._stale:
+            held = [self._stale.popitem()]
+            self.waits.aside(held.clear)
 
     def described(self, description: str) -> list[tuple[int, ...]]:
         """Members of all groups that were made with this `group_desc`, in creation order."""

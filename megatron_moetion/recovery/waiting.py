@@ -23,6 +23,8 @@ from megatron_moetion.recovery.failure import Interrupted
 # Parts of it carry no types.
 _cuda: Any = torch.cuda
 
+ASIDE = "moetion-aside"
+"""Name of threads that nobody waits for."""
 _WORKERS = "pt_gloo_runloop"
 """Name of the threads that run gloo's collectives, cut by the kernel to 15 characters."""
 
@@ -130,6 +132,15 @@ class Waits:
         finally:
             # As in `_Call.run`.
             del outcome, error
+
+    def aside(self, function: Callable[[], object]) -> None:
+        """Runs a function that may never return in a thread of its own, left alone at once."""
+        call = _Call(self._kind(), function)
+        # What has ended may hold errors, and those what was given up.
+        self.num_alone()
+        with self._lock:
+            self._alone.append(call)
+        threading.Thread(target=call.run, name=ASIDE, daemon=True).start()
 
     def call_off(self, epoch: int, *kinds: Wait) -> None:
         """Ends waits of these kinds on groups of earlier epochs, those under way and all later."""

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from launch.demo.model_args import model_args
 from megatron_moetion import digest, events
+from megatron_moetion.agent.standby import LAPSED_CODE
 from tests.ports import free_port
 
 from . import matrix
@@ -152,7 +153,8 @@ class Runner:
                 are all in this host's domain.
             meddle: called with the run's directory in a thread of its own while the run goes on.
             port: of the job's store, for whoever meddles with it.
-            restarts: an agent that is killed (`kill_agent`) is started again, to stand by.
+            restarts: an agent that is killed, or was not heard for too long, is started again, to
+                stand by.
             standbys: agents that take the places of lost ones.
             limit_seconds: after which a run is killed; None never kills it.
             afresh: everything is started and ends as for a user, not from the nursery.
@@ -280,7 +282,7 @@ def _launch(
         def end(node: int) -> int:
             while True:
                 code = launchers[node].wait(timeout=limit_seconds)
-                if not restarts or code != -signal.SIGKILL:
+                if not restarts or code not in (-signal.SIGKILL, LAPSED_CODE):
                     (directory / f"launcher-{node}.code").write_text(str(code))
                     return code
                 # With that its node rank does not count any more.

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
-import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from .inject import Injector
 from .plan import Machines, failures, kinds_for
 from .report import lost_by_epoch, table
 from .same import NotSame, Same, assert_same, newest
+from .scene import FOREVER, STEADY, runner, say
 
-FOREVER = 100_000
-"""Iterations that a run would have: both are ended before, and are to have the same data."""
-STEADY = ["--lr-decay-iters", str(FOREVER), "--log-interval", "1"]
-TIMEOUT_SECONDS = 120
+LEAVING = Path(__file__).with_name("leaving_pretrain.py")
+REFERENCE = "never-failed"
+TIMEOUT_SECONDS = 60
 """--moetion-timeout, if it is not given. Twice as long without a word, and the job counts as
 hanging."""
 
@@ -64,36 +65,56 @@ def main() -> int:
                 say(f"{cut}: {failure}")
         return 0
     try:
-        told = [one_cut(cut, seed, machines, options) for cut in cuts]
+        same, count = soak(cuts, seed, machines, options)
     except NotSame as different:
         say(f"VERDICT: NOT bit-identical ({different}; seed {seed})")
         return 1
     except Failed as error:
         say(f"FAILED ({error}; seed {seed})")
         return 2
-    records, hashes = sum(s.records for s, _ in told), sum(s.hashes for s, _ in told)
-    count = sum(n for _, n in told)
-    compared = f"{hashes} hashes over {records} digests agree"
+    compared = f"{same.hashes} hashes over {same.records} digests agree"
     say(f"VERDICT: bit-identical ({compared}; {count} failures survived; seed {seed})")
     return 0
 
 
-def one_cut(
-    cut: str, seed: int, machines: Machines, options: argparse.Namespace
+def soak(
+    cuts: Sequence[str], seed: int, machines: Machines, options: argparse.Namespace
 ) -> tuple[Same, int]:
-    """Trains with failures, then without, and compares; what agreed, and how many failures.
+    """Trains with failures under each cut, once without any, and compares; what agreed, and how
+    many failures there were.
 
     Raises:
         NotSame, Failed: it is not as it should be.
     """
-    directory: Path = options.directory / cut
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    maker = [sys.executable, "-W", "ignore", str(ROOT / "launch" / "demo" / "corpus.py")]
-    made = [*maker, "--output", str(directory / "corpus")]
-    subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
-    runner = Runner(directory, str(directory / "corpus"))
-    say(f"{cut}: {', '.join(kinds_for(machines))}; all of it in {directory}")
+    directory: Path = options.directory
+    for name in (*CUTS, REFERENCE):
+        shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / f"{name}.code").unlink(missing_ok=True)
+    runs = runner(directory)
+    say(f"soak: {', '.join(kinds_for(machines))}; all of it in {directory}")
+    failed = {cut: _with_failures(runs, cut, seed, machines, options) for cut in cuts}
+    lasts = {cut: newest(run.directory, machines.world_size) for cut, (run, _) in failed.items()}
+    longest = max(lasts.values())
+    say(f"soak: now {longest} iterations without a failure")
+    reference = _run(runs, REFERENCE, machines, [*STEADY, "--exit-interval", str(longest)], None)
+    if reference.code != 0:
+        raise Failed(f"the reference failed: see {reference.directory / 'log'}")
+    records = hashes = 0
+    for cut, (run, _) in failed.items():
+        same = assert_same(run.directory, reference.directory, machines.world_size, lasts[cut])
+        records, hashes = records + same.records, hashes + same.hashes
+    return Same(records, hashes), sum(count for _, count in failed.values())
+
+
+def _with_failures(
+    runs: Runner, cut: str, seed: int, machines: Machines, options: argparse.Namespace
+) -> tuple[Run, int]:
+    """A run under a cut, and how many failures it survived: all that it was given.
+
+    Raises:
+        Failed: else.
+    """
+    begin = time.monotonic()
     injector = Injector(
         failures(seed, cut, machines),
         options.failures,
@@ -102,43 +123,36 @@ def one_cut(
         lambda line: say(f"{cut}: {line}"),
     )
     protected = ["--moetion", "--moetion-cut", cut, "--moetion-timeout", str(options.timeout)]
-    run = _run(runner, "failing", machines, [*STEADY, *protected], injector)
+    run = _run(runs, cut, machines, [*STEADY, *protected], injector)
     lost = lost_by_epoch(events.read(run.directory))
     for line in table(injector.outcomes, injector.not_survived, lost):
         say(line)
     if injector.why_not:
         raise Failed(f"{cut}: {injector.why_not}; see {run.directory / 'log'}")
-    last = newest(run.directory, machines.world_size)
-    say(f"{cut}: {last} iterations; now the same without a failure")
-    until = [*STEADY, "--exit-interval", str(last)]
-    reference = _run(runner, "never-failed", machines, until, None)
-    if reference.code != 0:
-        raise Failed(f"the reference failed: see {reference.directory / 'log'}")
-    same = assert_same(run.directory, reference.directory, machines.world_size, last)
-    return same, len(injector.outcomes)
+    count, seconds = len(injector.outcomes), time.monotonic() - begin
+    say(f"{cut}: {count} failures survived in {seconds:.0f} s, start and end included")
+    return run, count
 
 
 def _run(
-    runner: Runner, name: str, machines: Machines, flags: list[str], injector: Injector | None
+    runs: Runner, name: str, machines: Machines, flags: list[str], injector: Injector | None
 ) -> Run:
     layout = {"pp_size": machines.num_stages, "dp_size": machines.world_size // machines.num_stages}
     protected, nodes = injector is not None, [machines.workers] * machines.agents
-    return runner.run(
+    return runs.run(
         name,
         iterations=FOREVER,
         flags=flags,
         model=layout,
         launcher_flags=[] if protected else ["--spares", "1"],
         workers_of_node=nodes if protected else [machines.world_size],
+        script=LEAVING,
+        standbys=int(protected and machines.agents > 1),
         meddle=injector,
         restarts=protected,
         afresh=True,
         limit_seconds=None,
     )
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moetion import events
-from tests.equivalence.harness import follow, kill_agent
+from tests.equivalence.harness import follow, kill_workers
 
 from .plan import KINDS, Failure
 
@@ -123,7 +123,8 @@ class Injector:
     def _one(self, directory: Path, failure: Failure, iteration: int, ms: float) -> Outcome:
         (leader,) = (directory / events.FOLDER).glob("agent-0.*")
         told = follow(leader, after=leader.stat().st_size)
-        _later(failure.delay * ms / 1000, lambda: _strike(directory, failure))
+        struck: list[int] = []
+        _later(failure.delay * ms / 1000, lambda: struck.extend(_strike(directory, failure)))
         pending: set[Any] = {("node", failure.node)} if failure.node is not None else set()
         pending = pending or {("rank", rank) for rank in failure.ranks}
         epochs: list[int] = []
@@ -137,11 +138,13 @@ class Injector:
             if event["kind"] == "fell-back":
                 tier = 2
             if second and event["kind"] == failure.event:
-                _later(failure.second_seconds, lambda: _kill(directory, failure.second))
+                _later(failure.second_seconds, lambda: kill_workers(directory, failure.second))
                 pending |= {("rank", rank) for rank in second}
                 second = ()
             if event["kind"] == "resumed" and not pending:
                 told.close()
+                if failure.node is not None:
+                    _go_on(struck)
                 took = (min(epochs), event["epoch"])
                 return Outcome(failure, iteration, took, event["ms"], tier, not second)
         self.not_survived.append(failure.kind)
@@ -164,19 +167,35 @@ def _later(seconds: float, then: Callable[[], None]) -> None:
     timer.join()
 
 
-def _strike(directory: Path, failure: Failure) -> None:
+def _strike(directory: Path, failure: Failure) -> list[int]:
+    """Sends the signals; who got one."""
+    number, known = KINDS[failure.kind].number, _pids(directory)
+    pids = [known[rank] for rank in failure.ranks]
     if failure.node is not None:
-        kill_agent(directory, failure.node)
-    else:
-        stops = KINDS[failure.kind].stops
-        _kill(directory, failure.ranks, signal.SIGSTOP if stops else signal.SIGKILL)
+        # The workers of an agent that is killed go with it.
+        agent = _agent(pids[0])
+        pids = [agent] if number == signal.SIGKILL else [agent, *pids]
+    for pid in pids:
+        os.kill(pid, number)
+    return pids
 
 
-def _kill(directory: Path, ranks: tuple[int, ...], number: int = signal.SIGKILL) -> None:
+def _go_on(pids: list[int]) -> None:
+    """What was stopped goes on, and is to notice that it has no part in the job any more."""
+    for pid in reversed(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _pids(directory: Path) -> dict[int, int]:
+    """Of the workers, by global rank."""
     started = [e for e in events.read(directory) if e["kind"] == "started"]
-    pids = {e["global_rank"]: e["pid"] for e in started}
-    for rank in ranks:
-        os.kill(pids[rank], number)
+    return {e["global_rank"]: e["pid"] for e in started}
+
+
+def _agent(worker: int) -> int:
+    """Whoever has the place of a node by now: the parent of its workers."""
+    return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _end(directory: Path) -> None:

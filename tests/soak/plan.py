@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-BETWEEN = (3, 9)
+BETWEEN = (1, 6)
 """Iterations that are trained after a recovery before the next failure, fewest and most."""
+BEFORE_A_STOP = (7, 9)
+"""The same before a worker is stopped: the limit for hangs is learned then, and what a soak would
+wait for until it is, is --moetion-timeout.
+"""
 SPREAD = 2.0
 """A failure comes up to so many iterations after the log line that it waits for."""
 EARLY, LATE = ("detected", "planned", "settled"), ("quiesced", "gathered")
@@ -48,8 +53,8 @@ class Failure:
 
     Attributes:
         kind: of `KINDS`.
-        ranks: whose workers are killed, or stopped.
-        node: whose agent is killed; None kills none.
+        ranks: whose workers are killed, or get another signal.
+        node: whose agent is killed or stopped, too; None leaves all alone.
         after: iterations that are trained before it.
         delay: until it comes, in iterations, after the last of these log lines.
         event: of the recovery that the second failure waits for; empty if there is none.
@@ -113,13 +118,15 @@ class Kind:
         draw: what is particular to it.
         weight: how often it comes, among the others.
         min_agents: that it needs.
-        stops: workers are stopped (SIGSTOP), not killed.
+        number: of the signal; `leaving_pretrain.py` says what SIGUSR1 and SIGUSR2 do.
+        between: see `BETWEEN`.
     """
 
     draw: Draw
     weight: int
     min_agents: int = 1
-    stops: bool = False
+    number: signal.Signals = signal.SIGKILL
+    between: tuple[int, int] = BETWEEN
 
 
 KINDS = {
@@ -129,7 +136,10 @@ KINDS = {
     "all workers": Kind(lambda _, machines: {"ranks": tuple(range(machines.world_size))}, 1),
     "a second one in a recovery": Kind(_second, 5),
     "a node": Kind(_node, 3, min_agents=2),
-    "a stopped worker": Kind(_one, 2, stops=True),
+    "a stopped worker": Kind(_one, 2, number=signal.SIGSTOP, between=BEFORE_A_STOP),
+    "a stopped node": Kind(_node, 2, min_agents=2, number=signal.SIGSTOP),
+    "an exit with code 0": Kind(_one, 1, number=signal.SIGUSR1),
+    "an exception": Kind(_one, 1, number=signal.SIGUSR2),
 }
 """To have another kind injected, add it here; `inject.py` says what can be done to a job."""
 
@@ -146,5 +156,5 @@ def failures(seed: int, cut: str, machines: Machines) -> Iterator[Failure]:
         names, weights = list(kinds), [kind.weight for kind in kinds.values()]
         (name,) = draw.choices(names, weights)
         particular = {"node": None, **kinds[name].draw(draw, machines)}
-        when = {"after": draw.randint(*BETWEEN), "delay": draw.uniform(0, SPREAD)}
+        when = {"after": draw.randint(*kinds[name].between), "delay": draw.uniform(0, SPREAD)}
         yield Failure(kind=name, **when, **particular)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from megatron_moetion.holdings import holdings
 from megatron_moetion.recovery.abort import NO_PORT
 from megatron_moetion.recovery.failure import is_communication_error
 from megatron_moetion.recovery.regroup import GroupRecorder
+from megatron_moetion.recovery.waiting import ASIDE
 
 WORLD_SIZE = 2
 
@@ -99,6 +100,10 @@ class Rank:
     def holds(self) -> dict[str, int]:
         """What there is between two recoveries; nothing waits for the collector to be let go."""
         self.recorder.forget_stale()
+        for thread in threading.enumerate():
+            if thread.name == ASIDE:
+                thread.join()
+        assert self.recorder.waits.all_ended()
         return {name: n for name, n in holdings().items() if name != "resident_bytes"}
 
     def abort_wakes(self, group: Any) -> str:

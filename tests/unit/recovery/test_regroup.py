@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_moetion.recovery.regroup import GroupRecorder
 
@@ -52,3 +57,19 @@ def test_groups_are_found_by_description_and_unknown_ones_are_refused() -> None:
     assert recorder.current(first) is first
     with pytest.raises(KeyError, match="not created by"):
         recorder.name(object())
+
+
+def test_the_end_of_an_old_group_is_not_waited_for_where_a_dropped_collective_never_ends() -> None:
+    store, limit = dist.HashStore(), timedelta(seconds=60)
+    with ThreadPoolExecutor() as pool:
+        make = lambda rank: dist.ProcessGroupGloo(store, rank, 2, limit)  # noqa: E731
+        groups = list(pool.map(make, (0, 1)))
+    peer = groups.pop()
+    groups[0].allreduce([torch.ones(1)])
+    recorder = GroupRecorder()
+    recorder._stale[0] = (groups.pop(), "g0")
+    recorder.forget_stale()
+    assert not recorder.waits.all_ended(), "it was waited for until the group's timeout"
+    peer.allreduce([torch.ones(1)]).wait()
+    while not recorder.waits.all_ended():
+        os.sched_yield()
