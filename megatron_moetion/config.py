@@ -109,6 +109,37 @@ def _memory(text: str) -> float | Literal["auto"]:
     return gib
 
 
+@dataclass(frozen=True)
+class RestartBudget:
+    """So many localized recoveries within so long.
+
+    Attributes:
+        num: at most.
+        seconds: of the window of time that ends now.
+    """
+
+    num: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.num}/{self.seconds:g}"
+
+
+DEFAULT_BUDGET = RestartBudget(100, 3600.0)
+"""One in 36 s for an hour: what no job needs whose machines work."""
+
+
+def _budget(text: str) -> RestartBudget:
+    num, _, seconds = text.partition("/")
+    try:
+        budget = RestartBudget(int(num), float(seconds))
+    except ValueError:
+        budget = RestartBudget(0, 0.0)
+    if budget.num < 1 or not 1.0 <= budget.seconds < float("inf"):
+        raise ValueError("give N/SECONDS, both at least 1, for example 100/3600")
+    return budget
+
+
 def _fault(text: str) -> str:
     if text and not _parse_faults(text):
         raise ValueError(
@@ -283,6 +314,16 @@ class Config:
             "N",
             "A rank that fails more often than that at one iteration ends the job.",
             _whole(0),
+        ),
+    )
+    restart_budget: RestartBudget = field(
+        default=DEFAULT_BUDGET,
+        metadata=_flag(
+            "--moetion-restart-budget",
+            "N/SECONDS",
+            "When more than N recoveries begin within SECONDS, all workers start anew from memory; "
+            "when that happens again, from the newest spill; then the job ends.",
+            _budget,
         ),
     )
     timeout_seconds: float = field(

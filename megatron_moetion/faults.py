@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "corrupt")
+KINDS = ("kill", "raise", "exit", "exit0", "oom", "stop", "spin", "hold", "corrupt", "poison")
 PLACES = (
     "start",
     "batch",
@@ -25,6 +25,7 @@ PLACES = (
     "backward",
     "grad-sync",
     "norm",
+    "commit",
     "optimizer",
     "param-gather",
     "capture",
@@ -33,10 +34,19 @@ PLACES = (
     "evaluate",
     "save",
     "ended",
+    "planning",
+    "regroup",
+    "restore",
+    "replay",
+    "resume",
 )
-COUNTED = ("batch", "forward", "backward", "evaluate", "save", "ended")
+COUNTED = ("batch", "forward", "backward", "evaluate", "save", "ended", "replay")
+IN_RECOVERY = PLACES[PLACES.index("planning") :]
+"""Places of a worker that recovers, survivor or replacement."""
 DAMAGED_PLACES = ("capture", "transfer", "stored")
 """Where a frame is damaged: when it is sealed, on its way to a holder, once copies are there."""
+_OF_FRAMES = {"corrupt": DAMAGED_PLACES, "poison": DAMAGED_PLACES[:1]}
+"""What is done to frames, and where."""
 
 
 class InjectedFault(RuntimeError):
@@ -51,14 +61,17 @@ class Fault:
         kind: `kill` (SIGKILL to itself), `raise` (an exception in the worker), `exit` (code 3 at
             once), `exit0` (code 0, as if the script were finished), `oom` (memory is asked for
             that no device has), `stop` (SIGSTOP to itself), `spin` (an endless loop in C that never
-            gives the GIL away: `sum` over `itertools.repeat`), `corrupt` (a bit of the frame of
-            that iteration flips).
+            gives the GIL away: `sum` over `itertools.repeat`), `hold` (it stays there until another
+            rank fails, and goes on), `corrupt` (a bit of the frame of that iteration flips),
+            `poison` (optimizer state in it is NaN before it is sealed).
         global_rank: who fails, or whose frame it is.
-        iteration: in which iteration (1 is the first optimizer step).
-        place: one of PLACES, for `corrupt` one of DAMAGED_PLACES.
+        iteration: in which iteration (1 is the first optimizer step). IN_RECOVERY it is the one
+            that counts as done, but for `planning`, where that is not known yet.
+        place: one of PLACES, for `corrupt` one of DAMAGED_PLACES, for `poison` its first.
         microbatch: the number, from 0: of the pass or batch on this rank (`forward`, `backward`,
             `batch`, `evaluate`), of the barrier in saving (`save`: 0 is before the first file, K is
-            before barrier K), of the interlude after an iteration (`ended`).
+            before barrier K), of the interlude after an iteration (`ended`), of the iteration that
+            is replayed (`replay`).
         copy: for `transfer` and `stored`: of the frame; 0 is the owner's own.
     """
 
@@ -84,7 +97,7 @@ def _parse_one(text: str) -> Fault:
             f"fault '{text}' {what}; write e.g. kill:global_rank=3,iteration=7,at=backward:1"
         )
     place, _, count = fields["at"].partition(":")
-    places = DAMAGED_PLACES if kind == "corrupt" else PLACES
+    places = _OF_FRAMES.get(kind, PLACES)
     if place not in places:
         raise ValueError(f"fault '{text}': place '{place}' is none of {', '.join(places)}")
     if (place in COUNTED) != bool(count):
@@ -119,7 +132,13 @@ def parse(spec: str) -> tuple[Fault, ...]:
 
 
 class Injector:
-    """Fires the faults of this rank at their places."""
+    """Fires the faults of this rank at their places.
+
+    Args:
+        already_fired: by index.
+        on_fire: told of each fault that fires, and its index.
+        hold: returns when another rank has failed.
+    """
 
     def __init__(
         self,
@@ -127,8 +146,10 @@ class Injector:
         global_rank: int,
         already_fired: Iterable[int],
         on_fire: Callable[[int, Fault], None],
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
         fired = set(already_fired)
+        self._hold = hold
         self._mine = {
             index: fault
             for index, fault in enumerate(faults)
@@ -144,13 +165,20 @@ class Injector:
                 iteration,
                 microbatch,
             )
-            if here and fault.kind != "corrupt":
+            if here and fault.kind not in _OF_FRAMES:
                 self._take(index)
-                _fire(fault)
+                self._hold() if fault.kind == "hold" else _fire(fault)
 
     def corrupts(self, iteration: int) -> bool:
         """Whether the frame of this iteration is to be damaged; true once."""
-        wanted = ("corrupt", "capture", iteration)
+        return self._due("corrupt", iteration)
+
+    def poisons(self, iteration: int) -> bool:
+        """Whether the frame of this iteration is to be sealed with NaN in it; true once."""
+        return self._due("poison", iteration)
+
+    def _due(self, kind: str, iteration: int) -> bool:
+        wanted = (kind, "capture", iteration)
         due = [i for i, f in self._mine.items() if (f.kind, f.place, f.iteration) == wanted]
         for index in due:
             self._take(index)

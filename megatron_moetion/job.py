@@ -73,6 +73,12 @@ class Notices:
                 raise error
             return self._epoch
 
+    def next_failure(self) -> None:
+        """Waits until a failure begins an epoch, however long that takes."""
+        with self._changed, self._waiting():
+            now = self._epoch
+            self._changed.wait_for(lambda: self._epoch > now)
+
     def only_before(self, epoch: int) -> None:
         """Passes as long as no failure has begun a later epoch.
 
@@ -125,7 +131,7 @@ def facts_of(notice: Notice) -> Facts:
     dead = tuple(notice["dead"])
     cut = next((e["meta"]["cut"] for entries in notice["frames"].values() for e in entries), "")
     told = (notice["epoch"], notice["committed"], dead, positions, frames, starts, logged)
-    return Facts(*told, cut)
+    return Facts(*told, cut, notice["doubted"])
 
 
 @dataclass
@@ -309,10 +315,11 @@ def open_job(
 
     # Without an agent nobody will explain a lost peer: its error is raised at once.
     patience = timedelta(0) if link is None else config.timeout
-    injector = Injector(parse(config.fault), global_rank, fired, on_fire)
+    notices = Notices(patience, progress.waits)
+    injector = Injector(parse(config.fault), global_rank, fired, on_fire, notices.next_failure)
     job = Job(
         config, global_rank, world_size, link, vault, GroupRecorder(), events, injector,
-        Notices(patience, progress.waits), progress, replacement, num_copies, fake=replacement,
+        notices, progress, replacement, num_copies, fake=replacement,
         claimed=claimed, anew=anew, ceiling=ceiling,
     )  # fmt: skip
     job.groups.waits.on_change = progress.waits

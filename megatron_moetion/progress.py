@@ -19,7 +19,7 @@ from megatron_moetion import faults
 PAGE_BYTES = 4096
 SET_UP, EVALUATION, SAVING = "set-up", "evaluate", "save"
 RECOVERY, REPLAY, BETWEEN = "recovery", "replay", "between iterations"
-PLACES = (SET_UP, *faults.PLACES, BETWEEN, RECOVERY, REPLAY)
+PLACES = (SET_UP, *faults.PLACES, BETWEEN, RECOVERY)
 _CODES = {place: code for code, place in enumerate(PLACES)}
 
 UNLIKE_OTHERS = 2
@@ -31,7 +31,15 @@ FEWEST = 3
 KEPT = 64
 """Times of so many iterations are kept."""
 
+KEPT_PAUSES = 8
+"""Of so many evaluations, and of so many savings."""
+
 _STAMP, _ITERATION, _PLACE, _MICROBATCH, _ORDINAL, _WAITS, _NUM_STEPS, _FIRST_STEP = range(8)
+_PAUSES = {
+    place: _FIRST_STEP + KEPT + number * (1 + KEPT_PAUSES)
+    for number, place in enumerate((EVALUATION, SAVING))
+}
+"""Where it stands how many there were, and then the longest pause in each of the last ones."""
 _NONE = -1
 
 
@@ -46,6 +54,8 @@ class Seen:
         place: one of PLACES, with the microbatch where there is one.
         waiting: inside a wait for peers.
         steps: seconds that iterations like the next one have taken, in no order.
+        pauses: in an evaluation or in saving, the longest time without progress in each of the
+            last ones, in seconds and in no order; empty elsewhere.
     """
 
     stamp_ns: int
@@ -54,6 +64,7 @@ class Seen:
     place: str
     waiting: bool
     steps: tuple[float, ...]
+    pauses: tuple[float, ...] = ()
 
 
 class Page:
@@ -71,6 +82,8 @@ class Page:
         f = self._fields
         place, microbatch = PLACES[f[_PLACE]], f[_MICROBATCH]
         known = min(f[_NUM_STEPS], KEPT)
+        ring = _PAUSES.get(place)
+        pauses = () if ring is None else f[ring + 1 : ring + 1 + min(f[ring], KEPT_PAUSES)]
         return Seen(
             stamp_ns=f[_STAMP],
             iteration=f[_ITERATION],
@@ -78,6 +91,7 @@ class Page:
             place=place if microbatch == _NONE else f"{place}:{microbatch}",
             waiting=f[_WAITS] > 0,
             steps=tuple(ns / 1e9 for ns in f[_FIRST_STEP : _FIRST_STEP + known]),
+            pauses=tuple(ns / 1e9 for ns in pauses),
         )
 
     def close(self) -> None:
@@ -104,7 +118,8 @@ class Progress:
         self._fields[_MICROBATCH] = _NONE
         self._began: tuple[int, int] | None = None
         self._in_a_row = 0
-        self.moved()
+        self._longest = self._num_recoveries = 0
+        self._fields[_STAMP] = time.monotonic_ns()
 
     def at(self, place: str, iteration: int, microbatch: int | None = None) -> None:
         """The worker is at a place."""
@@ -112,16 +127,20 @@ class Progress:
         f[_PLACE], f[_ITERATION] = _CODES[place], iteration
         f[_MICROBATCH] = _NONE if microbatch is None else microbatch
         f[_ORDINAL] += 1
-        f[_STAMP] = time.monotonic_ns()
+        self.moved()
 
     def moved(self) -> None:
         """The worker has done something at the place where it is."""
-        self._fields[_STAMP] = time.monotonic_ns()
+        now = time.monotonic_ns()
+        pause = now - self._fields[_STAMP]
+        if pause > self._longest:
+            self._longest = pause
+        self._fields[_STAMP] = now
 
     def waits(self, calls: int) -> None:
         """So many calls wait for peers now; a wait that begins or ends is progress."""
         self._fields[_WAITS] = calls
-        self._fields[_STAMP] = time.monotonic_ns()
+        self.moved()
 
     def begin(self, iteration: int) -> bool:
         """An iteration begins; whether with it enough of them have taken their usual time."""
@@ -141,6 +160,7 @@ class Progress:
     def recovers(self) -> None:
         """How long this iteration takes says nothing, nor do the next ones."""
         self._began, self._in_a_row = None, 0
+        self._num_recoveries += 1
 
     @contextmanager
     def aside(self, place: str) -> Iterator[None]:
@@ -149,8 +169,14 @@ class Progress:
         before = f[_PLACE], f[_MICROBATCH]
         self._began = None
         self.at(place, f[_ITERATION])
+        self._longest, recoveries = 0, self._num_recoveries
         try:
             yield
+            self.moved()
+            if self._num_recoveries == recoveries and place in _PAUSES:
+                ring = _PAUSES[place]
+                f[ring + 1 + f[ring] % KEPT_PAUSES] = self._longest
+                f[ring] += 1
         finally:
             f[_PLACE], f[_MICROBATCH] = before
             self.moved()

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
 from megatron_moetion.recovery.remade import Remade
 from megatron_moetion.schedule import FramePlan, Schedule
 from megatron_moetion.snapshot.copier import Ticket, copier_for
-from megatron_moetion.snapshot.frame import layout, operator_ends, sources, to_meta
+from megatron_moetion.snapshot.frame import layout, operator_ends, poison, sources, to_meta
 from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
 from megatron_moetion.vault import CorruptEntry
@@ -62,8 +63,13 @@ from megatron_moetion.vault.arena import size_class
 from megatron_moetion.vault.budget import frame_bytes, staged_bytes
 from megatron_moetion.vault.spill import Span
 
+RETURNED = Progress.RETURNED.order
 UNTIL_QUIET = 3
 """Iterations after a recovery until nothing of what was there before it is left."""
+
+
+class Undone(Exception):
+    """The iteration that this rank has made its update in does not count any more."""
 
 
 class StopReplay(Exception):
@@ -91,6 +97,7 @@ class Session:
         self.frames = Frames(host, job.vault, job.global_rank)
         self.copier = copier_for(host.device, self._seal_failed)
         self._frame: Ticket | None = None
+        self._unsealed: tuple[str, Callable[[], None]] | None = None
         self._operators = {o.name: o for o in host.operators}
         self._lock = threading.RLock()
         self._position = Position()
@@ -101,6 +108,7 @@ class Session:
         self._settled = True
         self._rebuild: Rebuild | None = None
         self._run_on = False
+        self._undone_to = sys.maxsize
         self._offered = self._began_here = self._logs_since = 0
         self._plan: Plan | None = None
         self._result: tuple[Any] | None = None
@@ -108,7 +116,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
-        self._quiet = self._paused = 0
+        self._quiet = self._doubtful = self._paused = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -122,16 +130,21 @@ class Session:
             self._position = position
             self.cursor.iteration, self.cursor.progress = position.iteration, position.progress
             self.job.send("position", position=position.to_json())
-            if (
-                self._frozen
-                and not self._settled
-                and position.progress.order >= Progress.AFTER_STEP.order
-            ):
+            if position.progress.order >= Progress.AFTER_STEP.order:
                 self._settle()
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether what this rank computes comes right out of state that was rebuilt from memory,
+        its own or its peers'.
+        """
+        return self.cursor.mode is Mode.REPLAY or self.cursor.iteration <= self._doubtful
+
     def _settle(self) -> None:
-        self._settled = True
-        self.job.send("settled", epoch=self._frozen)
+        """Tells once that this rank stands where it is to stand, and not before anybody asks."""
+        if self._verdict is not None and not self._settled:
+            self._settled = True
+            self.job.send("settled", epoch=self._frozen)
 
     def reached(self, place: str, microbatch: int | None = None) -> None:
         """A place that the agent is to see. A scripted fault may fire here; never in replay."""
@@ -147,8 +160,9 @@ class Session:
 
     def begin(self, iteration: int) -> None:
         """Start of an iteration, first time or again after an abort."""
-        self.cursor.counts = Counter()
-        self.cursor.mode = Mode.LIVE
+        self.cursor.counts, self.cursor.closing = Counter(), False
+        self.cursor.mode, self.cursor.since = Mode.LIVE, self.log.epoch
+        self._drop_unsealed()
         if not self._paused:
             self.job.groups.forget_stale()
         if iteration == self._quiet:
@@ -252,9 +266,8 @@ class Session:
             self.begin(iteration)
             try:
                 result = run() if iteration == last else self.host.run_step(iteration)
-                if self._by_shard and iteration <= self.cursor.refeed:
-                    # Whoever waits behind this iteration may have had its parameters gathered.
-                    self.host.sync_params()
+            except Undone:
+                self.host.reset_after_abort()
             except Exception as error:
                 self._give_up(error)
                 if self._result is not None:
@@ -272,6 +285,10 @@ class Session:
         # What was decided in this iteration, if nobody begins the next one.
         state["steering"] = self.steering.to_state()
         self.log.write_state(ResultKey(iteration), state)
+        if self._unsealed is not None:
+            _, seal = self._unsealed
+            self._unsealed = None
+            seal()
         self._move(replace(self._position, progress=Progress.RETURNED))
         self.reached("end")
         return result
@@ -316,14 +333,21 @@ class Session:
         if self._frame is not None:
             # The step overwrites what may still be on its way to the host.
             self._frame.wait_on_device()
-        result = run()
         iteration = self.cursor.iteration
+        self.cursor.closing = self._by_shard
+        try:
+            result = run()
+            if self.cursor.mode is Mode.LIVE and self._position.committed < iteration:
+                # There was nothing to update, or too large a gradient.
+                self.commit(updates=False)
+        finally:
+            self.cursor.closing = False
         if self.cursor.mode is Mode.REPLAY:
             self._replayed(iteration)
             return result
-        if self._position.committed < iteration:
-            # There was nothing to update, or too large a gradient.
-            self.commit(updates=False)
+        if self._by_shard and iteration <= self.cursor.refeed:
+            # Whoever waits behind this iteration may have had its parameters gathered.
+            self.update(self.host.sync_params)
         self.capture(iteration, self.steering.timeline.at(iteration).frame(iteration))
         self._move(replace(self._position, progress=Progress.AFTER_STEP))
         return result
@@ -348,6 +372,7 @@ class Session:
         self.steering.loaded(iteration, self.host.take_load())
         self.steer()
         self.collectives.pass_world(self.host.device)
+        self.reached("commit")
         with self._lock:
             frozen = self._frozen
             if not frozen:
@@ -379,7 +404,7 @@ class Session:
         self.job.events.emit("scheduled", first=now.first, **fields)
 
     def _commit_now(self) -> None:
-        i = self.cursor.iteration
+        i, self.cursor.closing = self.cursor.iteration, False
         self._move(replace(self._position, progress=Progress.STEPPING, committed=i))
 
     def capture(self, iteration: int, plan: FramePlan) -> None:
@@ -398,20 +423,52 @@ class Session:
         meta = {**to_meta(iteration, plan, pieces, self._stepped), "epoch": self.log.epoch}
         meta["cut"] = self.job.config.cut
         ends = operator_ends(pieces, nbytes)
-        damage = self.cursor.mode is Mode.LIVE and self.job.injector.corrupts(iteration)
+        live, injector = self.cursor.mode is Mode.LIVE, self.job.injector
+        damage = live and injector.corrupts(iteration)
+        poisoned = live and injector.poisons(iteration)
         copied = self._frame
 
         def publish() -> None:
             if copied.nbytes:
                 self.steering.pace.copied(copied.nbytes, copied.seconds())
+            if poisoned:
+                poison(pieces, data)
             vault.seal(key, meta, ends)
             if damage:
                 data[0] ^= 1
 
-        self.copier.seal(self._frame, key, publish, lambda: vault.abandon(key))
+        seal = partial(self.copier.seal, copied, key, publish, partial(vault.abandon, key))
+        if self._by_shard and self.cursor.mode is Mode.LIVE:
+            # No replay finds out what the training step returns: its frame counts once that is
+            # logged.
+            self._unsealed = key, seal
+            return
+        seal()
         if self.cursor.mode is not Mode.LIVE:
             # The starting state, or a replay that is about to overwrite the sources.
             self._frame.wait()
+
+    def _drop_unsealed(self) -> None:
+        """The training step that this rank's newest frame is of does not return."""
+        if self._unsealed is not None:
+            assert self._frame is not None
+            self._frame.wait_for_bytes()
+            self.job.vault.abandon(self._unsealed[0])
+            self._frame = self._unsealed = None
+
+    def update(self, run: Callable[[], Any]) -> Any:
+        """See `inbox.tap.Gate`. The optimizer's own part needs nobody, and recovery gathers."""
+        try:
+            return run()
+        except Exception as error:
+            if not (self._by_shard and is_communication_error(error)):
+                raise
+            with self._lock:
+                self._position = replace(self._position, gathered=False)
+            self.job.notices.failure(error, self._handled)
+            # Nothing may be written to the parameters any more.
+            self.job.groups.waits.settle()
+            return None
 
     def _seal_failed(self, key: str, error: Exception) -> None:
         self.job.events.emit("seal-failed", key=key, error=str(error))
@@ -484,35 +541,46 @@ class Session:
             self._verdict = committed
             p = self._position
             finishing = p.iteration == committed and p.progress.order < Progress.AFTER_STEP.order
-            if not (finishing and not failed) and not self._settled:
+            if failed or not finishing:
                 self._settle()
-        # A healthy rank past the commit point goes on inside its stage; whatever crosses stages is
-        # cut.
-        self._abort(epoch, None if failed else self.topology.spans_stages)
+        # A healthy rank past the commit point goes on inside its stage, under the shard cut on its
+        # own; whatever crosses that is cut.
+        alone = failed or self._by_shard
+        self._abort(epoch, None if alone else self.topology.spans_stages)
 
     def _gives_up(self) -> bool:
         """Whether this rank leaves the iteration that it is in, wherever it is."""
-        return self._by_shard or self.topology.pp_rank in self.topology.stages_of(self._dead)
+        failed = self.topology.stages_of(self._dead)
+        return not self._by_shard and self.topology.pp_rank in failed
 
     def _abort(self, epoch: int, crosses: Callable[[tuple[int, ...]], bool] | None = None) -> None:
         self.job.groups.abort(epoch, self.job.store_port, crosses)
 
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank at the commit point learns whether others passed it."""
-        epoch = self.job.notices.failure(error, self._handled)
-        committed = self.job.notices.wait("verdict", epoch)["committed"]
+        committed = self._verdict_of(self.job.notices.failure(error, self._handled))
         if committed < self.cursor.iteration or self._gives_up():
             raise Interrupted(f"iteration {self.cursor.iteration} is given up") from error
+
+    def _verdict_of(self, epoch: int) -> int:
+        """The committed iteration by the verdict of this epoch, or of a later one."""
+        while True:
+            try:
+                return int(self.job.notices.wait("verdict", epoch)["committed"])
+            except Superseded as again:
+                epoch = self.job.notices.failure(again, epoch)
 
     def pause(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank past its step waits inside its collective."""
         with self._lock:
-            if self._frozen and not self._settled and self._verdict is not None:
-                self._settle()
+            self._settle()
         saved = self.host.live_state()
         counts, iteration = self.cursor.counts, self.cursor.iteration
+        inside = self.cursor.progress is not Progress.RETURNED
         self._recover(error)
         if self._by_shard and self._next <= iteration:
+            if inside:
+                raise Undone from error
             # Whoever is paused here, and has called that, still knows the groups of before.
             self._paused += 1
             try:
@@ -520,13 +588,16 @@ class Session:
             finally:
                 self._paused -= 1
         self.cursor.counts = counts
-        if self._gives_up():
+        if self._by_shard or self._gives_up():
             self.host.load_live_state(saved)
         self.cursor.refeed = max(self.cursor.refeed, self.cursor.iteration)
 
     def _give_up(self, error: Exception) -> None:
         """The iteration is unwound: recover; then it is run again, or its result is at hand."""
         if not is_communication_error(error):
+            raise error
+        if self._by_shard and self._position.committed == self._position.iteration:
+            # The others count on this rank to have made the update.
             raise error
         self.job.notices.failure(error, self._handled)
         # The traceback holds the activations of the iteration that is given up.
@@ -541,6 +612,7 @@ class Session:
         with self.job.progress.aside(RECOVERY):
             while True:
                 epoch = self.job.notices.failure(error, self._handled)
+                self.job.injector.reach("planning", self._position.iteration)
                 try:
                     self.job.notices.wait("abort", epoch)
                     # What was captured counts for the plan, and its sources are about to be
@@ -589,8 +661,11 @@ class Session:
             except Exception as error:
                 self._only_superseded(error, facts.epoch)
             facts = self._next_facts(facts.epoch)
-            lost = self.job.global_rank in facts.lost
-            if lost and self._enter(facts, iteration).iteration != iteration:
+            now = self._enter(facts, iteration)
+            lost, was_inside = self.job.global_rank in facts.lost, last.progress.order < RETURNED
+            # Where the data iterator stands was settled before.
+            behind = self._by_shard and was_inside and now.progress.order == RETURNED
+            if (lost and now.iteration != iteration) or behind:
                 raise RuntimeError(f"the job does not go on in iteration {iteration} any more")
         if self._result is not None:
             self._next = iteration + 1
@@ -613,9 +688,8 @@ class Session:
         """Where a replacement takes up the work of its predecessor, which may have gone with its
         node.
         """
-        known = facts.positions.get(self.job.global_rank)
-        if known is not None:
-            return known
+        if self.job.global_rank in facts.positions:
+            return entered(facts, self.job.global_rank, self._by_shard)
         if self._by_shard:
             # Other facts may have come since the host was told where to begin.
             before = iteration - 1
@@ -642,12 +716,15 @@ class Session:
             self.hopeless(str(error))
             raise
         self.job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
+        self.job.injector.reach("regroup", plan.committed)
+        self.frames.doubted = facts.doubted
         swapped = self.job.groups.rebuild(
             plan.epoch, self.job.connect_store, lambda: self.job.init_world(plan.epoch)
         )
         self.collectives.forget()
         self._agree(plan)
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
+        self.job.injector.reach("restore", plan.committed)
         self.cursor.refeed = plan.committed
         if self._by_shard:
             # Training may go on before what some have been through.
@@ -671,15 +748,19 @@ class Session:
         """Brings this rank to the start of the iteration behind the one that counts as done."""
         at, bases = plan.committed, dict(plan.shards)
         base = bases.get(self.job.global_rank)
-        was = self._position
-        if not bases.keys().isdisjoint(self.topology.stage(self.topology.pp_rank)):
+        if at > self._undone_to:
+            # Copies may come in between two attempts. What is undone here is for good.
+            raise RuntimeError(f"this rank went back to {self._undone_to}, before iteration {at}")
+        was, self._undone_to = self._position, at
+        gathers = {*bases, *plan.unfinished}
+        if not gathers.isdisjoint(self.topology.stage(self.topology.pp_rank)):
             self._rebuild_shards(base, at)
         if base is not None:
             state = self.log.read_state(HeaderKey(at + 1) if self._newest > at else ResultKey(at))
             if state is not None:
                 self.steering.load_state(state["steering"])
         self._next = at + 1
-        if reached(was) > at or was.progress is not Progress.RETURNED:
+        if was.iteration > at:
             before = Progress.BEFORE_COMMIT
             self._move(replace(was, iteration=at + 1, progress=before, committed=at))
         told = {"from": was.iteration, "iteration": at, "base": base}
@@ -698,6 +779,8 @@ class Session:
                 ms = (time.perf_counter() - began) * 1000
                 self.job.events.emit("rebuilt", iteration=at, base=base, updates=num_updates, ms=ms)
             self.host.sync_params()
+            with self._lock:
+                self._position = replace(self._position, gathered=True)
             self.host.end_replay()
         finally:
             self.cursor.mode, self.cursor.progress = mode, progress
@@ -713,20 +796,24 @@ class Session:
             )
 
     def _joined(self, plan: Plan, replayed: int) -> None:
+        self.job.injector.reach("resume", plan.committed)
         if plan.stage(self.topology.pp_rank) is not None:
             # Whoever fails from here on has been somewhere, also on a node that has just begun.
             with self._lock:
                 self._position = replace(self._position, since=self._logs_since)
                 self.job.send("position", position=self._position.to_json())
         told = {"iteration": plan.committed, "digest": plan.digest, "replayed": replayed}
-        self.job.send("joined", epoch=plan.epoch, **told)
+        rebuilt = plan.stage(self.topology.pp_rank) is not None
+        rebuilt = rebuilt or self.job.global_rank in dict(plan.shards)
+        self.job.send("joined", epoch=plan.epoch, rebuilt=rebuilt, **told)
         self.job.notices.wait("resume", plan.epoch)
         self.log.epoch = plan.epoch
+        self._undone_to = sys.maxsize
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None
         told = {"replayed": replayed, "iteration": plan.committed}
         self.job.events.emit("resumed", epoch=plan.epoch, **told)
-        self._quiet = plan.committed + UNTIL_QUIET
+        self._quiet, self._doubtful = plan.committed + UNTIL_QUIET, plan.committed + 1
 
     def _walk(self, plan: Plan, stage: StagePlan) -> None:
         dead = self.job.global_rank in plan.dead
@@ -742,7 +829,8 @@ class Session:
             self.cursor.mode = Mode.REPLAY
             self._rebuild.load_base()
             self.job.events.emit("restored", epoch=plan.epoch, base=stage.base)
-            for iteration in stage.replay:
+            for number, iteration in enumerate(stage.replay):
+                self.job.injector.reach("replay", plan.committed, number)
                 self._replay(iteration)
             if not run_on:
                 self._end_replay()

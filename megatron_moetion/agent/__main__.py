@@ -28,7 +28,7 @@ def spare_ahead(argv: Sequence[str]) -> Spare | None:
     options = dict(zip(words, [*argv[1:], ""], strict=False))
     spares, num_workers = options.get("--spares"), options.get("--nproc-per-node", "")
     unclear = {"--no-python", "--help", "-h"} & set(words) or any("spares=" in w for w in words)
-    wanted = "--moetion" in argv if spares is None else spares == "1"
+    wanted = "--moetion" in argv if spares is None else spares not in ("", "0")
     if not wanted or unclear or not num_workers.isdecimal():
         return None
     try:

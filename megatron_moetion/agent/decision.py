@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from megatron_moetion.agent.escalation import Tried
 from megatron_moetion.agent.traces import Trace
 from megatron_moetion.recovery.phase import Phase
 
@@ -21,11 +22,13 @@ class Exited:
         global_rank: which.
         code: as a shell reports it, 128 + n for signal n.
         position: newest position of this rank, also of a predecessor; None if there never was one.
+        at: when, in seconds of the leader's monotonic clock.
     """
 
     global_rank: int
     code: int
     position: Mapping[str, Any] | None
+    at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,15 @@ class Gathered:
 
 @dataclass(frozen=True)
 class AgentLost:
-    """The agent of another node is gone."""
+    """The agent of another node is gone.
+
+    Attributes:
+        at: when, in seconds of the leader's monotonic clock.
+    """
 
     node_rank: int
     why: str
+    at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,7 @@ class End:
         state_lost: an older state would do: start anew from a spill if there is a newer one.
         fired: scripted faults that have been injected, by index.
         trace: the exception that it began with, if it was one.
+        tried: the tiers that were; None where none could help (a signal, a refusal).
     """
 
     reason: str
@@ -161,6 +170,7 @@ class End:
     state_lost: bool = False
     fired: tuple[int, ...] = ()
     trace: Trace | None = None
+    tried: Tried | None = None
 
 
 Command = Notify | Replace | Expel | Evict | Gather | Record | End

@@ -246,15 +246,17 @@ class Desk:
 
     def _have_quarantined(self, channel: Channel, message: Message) -> None:
         node_rank = message["node_rank"]
-        about = {name: message[name] for name in ("global_rank", "key", "checksum")}
+        about = {name: message[name] for name in ("global_rank", "key", "checksum", "distrusted")}
         if node_rank == self._members.own_node_rank:
             reason = self._quarantine(**about)
         else:
             reason = self._equipment.peers.quarantine(node_rank, about)
         channel.send({"op": "read", "id": message["id"], "reason": reason})
 
-    def _quarantine(self, global_rank: int, key: str, checksum: str) -> str | None:
-        reason = self._store.quarantine(global_rank, key, checksum)
+    def _quarantine(
+        self, global_rank: int, key: str, checksum: str, distrusted: str | None
+    ) -> str | None:
+        reason = self._store.quarantine(global_rank, key, checksum, distrusted)
         if reason:
             home = self._members.node_of(global_rank)
             copy = self._equipment.placement.copy_number(home, self._members.own_node_rank)

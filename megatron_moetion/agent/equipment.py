@@ -90,7 +90,8 @@ def assemble(
         post(Replicated(global_rank, nbytes, seconds))
 
     def refuse(reason: str) -> None:
-        post(FromWorker(own.first_global_rank, {"op": "hopeless", "reason": reason}))
+        told = {"op": "hopeless", "reason": reason, "refused": True}
+        post(FromWorker(own.first_global_rank, told))
 
     def claimed() -> None:
         claims.decide()

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tried
+
 VARIABLE = "MOETION_FALL_BACK"
 
 
@@ -25,23 +27,25 @@ class FallBack:
         fired: scripted faults that have been injected, by index.
         node_rank: of an agent that stood by when it was started and has had a place since; None
             leaves it to the command line.
+        tried: against failures so far, in times of the clock that all processes of a host share.
     """
 
     iteration: int
     fired: tuple[int, ...] = ()
     node_rank: int | None = None
+    tried: Tried = NOTHING_TRIED
 
 
-def way_on(spilled: int | None, state_lost: bool) -> str:
+def way_on(spilled: int | None, protected: bool) -> str:
     """What is intact when a job ends, for the end of the line that says why.
 
     Args:
         spilled: iteration of the newest spill that is valid on every node, if there is one.
-        state_lost: an older state is all that there is.
+        protected: the job had --moetion.
     """
     if spilled is not None:
         return f"; the same command goes on from the spill of iteration {spilled}"
-    return "; restart from a Megatron checkpoint with --load" if state_lost else ""
+    return "; restart from a Megatron checkpoint with --load, or afresh" if protected else ""
 
 
 def inherited() -> FallBack | None:
@@ -49,13 +53,14 @@ def inherited() -> FallBack | None:
     told = os.environ.pop(VARIABLE, None)
     if told is None:
         return None
-    iteration, fired, node_rank = json.loads(told)
-    return FallBack(iteration, tuple(fired), node_rank)
+    iteration, fired, node_rank, tried = json.loads(told)
+    return FallBack(iteration, tuple(fired), node_rank, Tried.from_json(tried))
 
 
 def begin_again(fall_back: FallBack) -> NoReturn:
     """Run this command from its beginning, as the same process; all children must have ended."""
-    told = [fall_back.iteration, fall_back.fired, fall_back.node_rank]
+    tried = fall_back.tried.to_json()
+    told = [fall_back.iteration, fall_back.fired, fall_back.node_rank, tried]
     os.environ[VARIABLE] = json.dumps(told)
     run_again()
 

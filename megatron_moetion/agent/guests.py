@@ -193,6 +193,7 @@ def _run(spec: dict[str, Any]) -> int:
         spills=launcher.spill_folder(script_args),
         hang_factor=config.hang_factor,
         max_retries=config.max_retries,
+        budget=config.restart_budget,
         lease=lease,
     )
     store = VaultStore()

@@ -15,6 +15,10 @@ file, a kernel that is compiled late) does not shrink with its iterations.
 """
 OUTLIERS_OF_STEPS = 16
 """Of so many iterations the longest one says nothing."""
+FEWEST_PAUSES = 2
+"""Evaluations, or savings, from which on it is known how long a rank pauses in one; the first one
+makes data sets and folders.
+"""
 MUCH = 2.0
 """A limit that has changed by this factor is told again."""
 STOPPED, TRACED, UNINTERRUPTIBLE = "T", "t", "D"
@@ -35,6 +39,8 @@ class Observation:
         state: of the process, the letter of /proc/PID/stat; empty without one.
         answers: whether it answered a ping in time; None if it was not asked.
         step: seconds that a usual iteration takes; None while that is not known.
+        pause: in an evaluation or in saving, the longest time that this rank has been without
+            progress in earlier ones; None while too few are known, and elsewhere.
     """
 
     global_rank: int
@@ -47,6 +53,7 @@ class Observation:
     state: str
     answers: bool | None = None
     step: float | None = None
+    pause: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,19 +85,22 @@ class Limit:
 
     Attributes:
         seconds: so long.
-        step: seconds of a usual iteration that it was learned from; None before that.
+        step: seconds of a usual iteration, or of what else `learned_from` says, that it was learned
+            from; None before that.
         factor: of `step`.
+        learned_from: what `step` is of.
     """
 
     seconds: float
     step: float | None
     factor: float
+    learned_from: str = "iterations"
 
     def __str__(self) -> str:
         limit = f"limit {self.seconds:.3g} s"
         if self.step is None:
             return f"{limit}, --moetion-timeout, as nothing is learned here"
-        times = f"{self.factor:g} iterations of {self.step:.3g} s"
+        times = f"{self.factor:g} {self.learned_from} of {self.step:.3g} s"
         if self.seconds > self.factor * self.step:
             return f"{limit}, a {SHORTEST_OF_TIMEOUT}th of --moetion-timeout, as {times} are less"
         return f"{limit}, learned from {times}"
@@ -149,10 +159,27 @@ def limit_of(
 
 
 def here(limit: Limit, observations: Iterable[Observation], timeout: timedelta) -> Limit:
-    """The limit where the ranks are: what an evaluation or a checkpoint takes is not learned."""
-    places = {each.place.partition(":")[0] for each in observations}
-    aside = not places.isdisjoint((EVALUATION, SAVING))
-    return Limit(timeout.total_seconds(), None, limit.factor) if aside else limit
+    """The limit where the ranks are: in an evaluation or in saving it is learned from earlier ones,
+    and never longer than the timeout. One that a rank has not seen (with a recovery in it, whoever
+    takes part for the first time) may take as long as that.
+    """
+    aside = [each for each in observations if each.place.partition(":")[0] in (EVALUATION, SAVING)]
+    if not aside:
+        return limit
+    pauses = [each.pause for each in aside if each.pause is not None]
+    longest = timeout.total_seconds()
+    if len(pauses) == len(aside) and limit.step is not None:
+        seconds = max(limit.factor * max(pauses), longest / SHORTEST_OF_TIMEOUT)
+        if seconds < longest:
+            return Limit(seconds, max(pauses), limit.factor, "pauses seen here")
+    return Limit(longest, None, limit.factor)
+
+
+def usual_pause(pauses: Sequence[float]) -> float | None:
+    """How long a rank is without progress in an evaluation or in saving; None as long as there were
+    too few.
+    """
+    return max(pauses) if len(pauses) >= FEWEST_PAUSES else None
 
 
 def trains(observations: Iterable[Observation]) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tried
 from megatron_moetion.agent.membership import DEFAULT_LEASE, Members
+from megatron_moetion.config import DEFAULT_BUDGET, RestartBudget
 from megatron_moetion.faults import Fault
 from megatron_moetion.vault.placement import Placement
 
@@ -43,7 +45,7 @@ class Job:
         program: what the workers run; None where somebody else starts them.
         env: environment of every worker, without its rank.
         protected: --moetion is among the script's arguments.
-        num_spares: 1 keeps a warm spare on this node, 0 none.
+        num_spares: warm spares that this node keeps where they cannot fork; 0 keeps none.
         directory: of the run's events; None keeps none.
         secret: the job's.
         timeout: for each phase of a recovery.
@@ -54,6 +56,8 @@ class Job:
         replaces_nodes: another node may take the place of a lost one.
         hang_factor: of --moetion-hang-factor.
         max_retries: of --moetion-max-retries.
+        budget: of --moetion-restart-budget.
+        tried: against failures, before this agent began again.
         lease: how long an agent that is silent counts as there; the leader's counts.
     """
 
@@ -72,6 +76,8 @@ class Job:
     replaces_nodes: bool = False
     hang_factor: float = 0.0
     max_retries: int = 3
+    budget: RestartBudget = DEFAULT_BUDGET
+    tried: Tried = NOTHING_TRIED
     lease: timedelta = DEFAULT_LEASE
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:

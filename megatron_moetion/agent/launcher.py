@@ -17,6 +17,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from megatron_moetion import faults
 from megatron_moetion.agent.coldstart import ColdStart, NoSpillLeft, SpillDoesNotFit, share_over
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
+from megatron_moetion.agent.escalation import NOTHING_TRIED
 from megatron_moetion.agent.fallback import FallBack, begin_again, inherited, run_again
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import (
@@ -62,9 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spares",
         type=int,
-        choices=(0, 1),
-        help="1: a warm process imports once and forks all workers of this node, 0: cold starts "
-        "(default 1 with --moetion, else 0)",
+        metavar="N",
+        help="1 or more: a warm process imports once and forks all workers of this node; where it "
+        "cannot fork, N are kept that become one worker each; 0: cold starts (default 1 with "
+        "--moetion, else 0)",
     )
     parser.add_argument(
         "--failure-domain",
@@ -146,6 +148,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name, None) != defaults.get_default(name):
             option_name = "--" + name.replace("_", "-")
             raise UsageError(f"{option_name} is not supported by moetion-run: {instead}")
+    if args.spares is not None and args.spares < 0:
+        raise UsageError(f"--spares {args.spares}: give a number of at least 0")
     if args.no_python and args.module:
         raise UsageError("--no-python and -m contradict each other: drop one")
 
@@ -286,6 +290,8 @@ def job_of(
         replaces_nodes=protected and placement.num_copies > 0,
         hang_factor=config.hang_factor if protected else 0.0,
         max_retries=config.max_retries,
+        budget=config.restart_budget,
+        tried=NOTHING_TRIED if fall_back is None else fall_back.tried,
         lease=rendezvous.lease,
     )
 

@@ -29,6 +29,7 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier
 from megatron_moetion.agent.fallback import way_on
 from megatron_moetion.agent.hangs import Observation
 from megatron_moetion.agent.membership import Members
@@ -154,7 +155,8 @@ class Leader:
         match message["op"]:
             case "exited":
                 self._detected = self._detected or time.monotonic()
-                event: Event = Exited(message["global_rank"], message["code"], message["position"])
+                told = message["global_rank"], message["code"], message["position"]
+                event: Event = Exited(*told, time.monotonic())
             case "said" if message["message"]["op"] == "window":
                 span, kept = Span(**message["message"]["span"]), message["message"]["kept"]
                 self._spill(self._spilling.offered(message["global_rank"], span, kept))
@@ -164,8 +166,8 @@ class Leader:
                 return
             case "looked":
                 seen = [Observation(**each) for each in message["seen"]]
-                told = (node_rank, message["number"], seen, time.monotonic())
-                self._watch(self._alarms.vigil.looked(*told))
+                look = (node_rank, message["number"], seen, time.monotonic())
+                self._watch(self._alarms.vigil.looked(*look))
                 return
             case "spilled":
                 span = Span(**message["span"])
@@ -184,7 +186,7 @@ class Leader:
             case "lost":
                 self._detected = self._detected or time.monotonic()
                 self._spill(self._spilling.lost())
-                event = AgentLost(node_rank, message["why"])
+                event = AgentLost(node_rank, message["why"], time.monotonic())
             case "joined":
                 event = AgentJoined(node_rank)
             case "signalled":
@@ -278,7 +280,8 @@ class Leader:
                 self._send(self._members.node_of(command.global_rank), order)
             case Expel():
                 ranks = list(command.global_ranks)
-                line = f"{command.reason}: ranks {ranks} are killed, and a new round begins"
+                killed = f"ranks {ranks} are killed, and " if ranks else ""
+                line = f"{command.reason}: {killed}a new round begins"
                 print(f"moetion-run: {line}", file=sys.stderr)
                 for rank in ranks:
                     self._kill(rank)
@@ -303,13 +306,15 @@ class Leader:
         order: Message = {"op": "end", "reason": end.reason, "code": end.code, "fall_back": None}
         spilled = self._spilling.valid
         if spilled is not None and end.state_lost and self._can_begin_again:
-            order["fall_back"] = [spilled, list(end.fired)]
+            tried = (end.tried or NOTHING_TRIED).with_step(Tier.SPILL, time.monotonic())
+            order["fall_back"] = [spilled, list(end.fired), tried.to_json()]
             anew = f"all workers start anew from the spill of iteration {spilled}"
             self._log.emit("fell-back", iteration=spilled, reason=end.reason)
             print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
         elif end.reason:
-            hint = way_on(spilled, end.state_lost)
-            print(f"moetion-run: ending the job: {end.reason}{hint}", file=sys.stderr)
+            tiers = "" if end.tried is None else f"; tried: {end.tried}"
+            hint = way_on(spilled, end.tried is not None)
+            print(f"moetion-run: ending the job: {end.reason}{tiers}{hint}", file=sys.stderr)
         self._everywhere(order)
 
     def _spill(self, orders: list[Order]) -> None:

@@ -15,11 +15,12 @@ def traceback_of(error: BaseException) -> list[str]:
     return "".join(traceback.format_exception(error)).splitlines()
 
 
-def tell(link: AgentLink, error: BaseException, echo: bool) -> None:
+def tell(link: AgentLink, error: BaseException, echo: bool, rejected: bool = False) -> None:
     """It is shown once more if the job ends by it.
 
     Args:
         echo: it is what a lost peer looks like.
+        rejected: see `recovery.failure.Rejected`.
     """
     lines = traceback_of(error)[-LONGEST_TRACE:]
-    link.send({"op": "failed", "trace": lines, "echo": echo})
+    link.send({"op": "failed", "trace": lines, "echo": echo, "rejected": rejected})

@@ -17,6 +17,7 @@ from megatron_moetion.agent import supervision
 from megatron_moetion.agent.coldstart import mismatch, position_at
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
+from megatron_moetion.agent.escalation import Tried
 from megatron_moetion.agent.fallback import FallBack, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
 from megatron_moetion.agent.items import (
@@ -34,7 +35,7 @@ from megatron_moetion.agent.leader import Leader, Unprotected
 from megatron_moetion.agent.membership import Member, MembershipError
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.seating import Seating
-from megatron_moetion.agent.spares import Assignment, Spare
+from megatron_moetion.agent.spares import COLD, Assignment, Spare, Spares
 from megatron_moetion.agent.spiller import Spiller, Written
 from megatron_moetion.agent.standby import LAPSED_CODE, Seat, take_seat
 from megatron_moetion.agent.supervision import Child
@@ -104,7 +105,9 @@ class Node:
         self._observer = Watch(
             self._own.global_ranks, self._pid_of, self._desk.notify, self._report
         )
-        self._spare: Spare | None = None
+        program = job.program
+        num_spares = job.num_spares if program is not None and program.interpreter else 0
+        self._spares = Spares(num_spares, self._make_spare, self._watch_spare, self._unwatch_spare)
         self._starts: dict[int, str] = {}
         self._workers: dict[int, Child] = {}
         self._children: set[Child] = set()
@@ -127,7 +130,7 @@ class Node:
         supervision.adopt_orphans()
         self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
         try:
-            self._keep_spare()
+            self._spares.keep()
             self._begin()
             while self._code is None:
                 self._turn()
@@ -144,6 +147,12 @@ class Node:
             self._log.close()
         if self._fall_back is None:
             return self._code
+        # From here on there is nobody but this process to be ended.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        missed = self._signals()
+        if missed:
+            return 128 + missed[0]
         while self._leader is None and not isinstance(self._items.get(), PeerGone):
             # Until its process is another, the store there is still that of the failed run.
             pass
@@ -185,6 +194,8 @@ class Node:
                     members.ranks_of_node,
                     fired=self._job.fired,
                     max_retries=self._job.max_retries,
+                    budget=self._job.budget,
+                    tried=self._job.tried,
                     replaces_nodes=self._job.replaces_nodes,
                 )
                 if self._job.protected
@@ -237,8 +248,7 @@ class Node:
         self._equipment.replication.stop()
         lease = f"{self._seat.pulse.lease.total_seconds():g} s (--moetion-lease)"
         if stopped_for is None:
-            way = way_on(self._spilled, self._job.protected)
-            line = f"nothing was heard of node 0, the leader, for {lease}: this node ends{way}"
+            line = f"nothing was heard of node 0, the leader, for {lease}: {self._without_leader}"
         else:
             line = (
                 f"this agent was stopped for {stopped_for:.1f} s, longer than its lease of {lease}:"
@@ -247,6 +257,11 @@ class Node:
         print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr, flush=True)
         self._log.emit("lapsed", stopped_for=stopped_for)
         os._exit(LAPSED_CODE)
+
+    @property
+    def _without_leader(self) -> str:
+        tried = "; tried: no tier, as node 0 hosts the job's store" if self._job.protected else ""
+        return f"this node ends{tried}{way_on(self._spilled, self._job.protected)}"
 
     def _await_peers(self) -> None:
         """Every agent is connected before anything can fail."""
@@ -278,7 +293,8 @@ class Node:
 
     def _is_child(self, pid: int) -> bool:
         # A worker that has ended may not even have been heard of.
-        self._hear_spare()
+        for spare in self._spares.all:
+            self._hear_spare(spare)
         return any(child.pid == pid for child in self._children)
 
     def _post(self, item: Item | Written) -> None:
@@ -294,8 +310,15 @@ class Node:
         signal.set_wakeup_fd(self._wake_end.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._woken_end, selectors.EVENT_READ, self._woken)
 
+    def _signals(self) -> list[int]:
+        """Numbers of signals that have come since it was asked last."""
+        try:
+            return [n for n in self._woken_end.recv(4096, socket.MSG_DONTWAIT) if n in SIGNALS]
+        except BlockingIOError:
+            return []
+
     def _woken(self) -> None:
-        numbers = [number for number in self._woken_end.recv(4096) if number in SIGNALS]
+        numbers = self._signals()
         if numbers and self._code is None:
             self._report({"op": "signalled", "number": numbers[0]})
             if self._leader is None:
@@ -321,6 +344,9 @@ class Node:
                 elif item.message["op"] == "pong":
                     self._observer.pong(item.global_rank, item.message["number"])
                 else:
+                    if item.message["op"] == "steady":
+                        # What the first workers have used up; before that they need the machine.
+                        self._spares.keep()
                     self._pass_on(item.global_rank, item.message)
             case Written():
                 told = {"span": asdict(item.span), "error": item.error}
@@ -342,8 +368,7 @@ class Node:
             case PeerGone() if self._seating is not None:
                 self._seating.gone(item)
             case PeerGone() if self._peers.get(0) is item.channel:
-                way = way_on(self._spilled, self._job.protected)
-                line = f"the leader, node 0, is gone ({item.why}): this node ends{way}"
+                line = f"the leader, node 0, is gone ({item.why}): {self._without_leader}"
                 print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr)
                 self._end("the leader is gone", 1)
 
@@ -382,7 +407,7 @@ class Node:
             self._leader.met()
         reason = None if self._record is None else mismatch(self._record, identity)
         if reason is not None:
-            self._pass_on(global_rank, {"op": "hopeless", "reason": reason})
+            self._pass_on(global_rank, {"op": "hopeless", "reason": reason, "refused": True})
 
     def _report(self, message: Message) -> None:
         """Tell the leader, which may be this process."""
@@ -439,7 +464,10 @@ class Node:
             case "kill":
                 self._kill(order["global_rank"])
             case "end":
-                self._fall_back = order["fall_back"] and FallBack(*order["fall_back"])
+                if order["fall_back"]:
+                    iteration, fired, tried = order["fall_back"]
+                    told = Tried.from_json(tried)
+                    self._fall_back = FallBack(iteration, tuple(fired), tried=told)
                 if self._seating is not None:
                     self._seating.dismiss(order)
                 self._end(order["reason"], order["code"])
@@ -449,7 +477,7 @@ class Node:
         for rank in global_ranks:
             self._desk.notify(rank, message)
         if message["op"] == "resume":
-            self._keep_spare()
+            self._spares.keep()
             self._log.emit("holds", epoch=message["epoch"], **holdings())
 
     def _report_damage(self, item: Damaged) -> None:
@@ -493,13 +521,18 @@ class Node:
             for rank in self._own.global_ranks:
                 self._desk.notify(rank, {"op": "end", "reason": reason})
 
-    def _keep_spare(self) -> None:
-        wanted, program = self._job.num_spares > 0 and self._spare is None, self._job.program
-        if wanted and program is not None and program.interpreter:
-            ahead, self._ahead = self._ahead, None
-            self._spare = ahead or Spare(program.interpreter, self._job.env)
-            self._selector.register(self._spare.socket, selectors.EVENT_READ, self._hear_spare)
-            self._watch(self._spare.child)
+    def _make_spare(self) -> Spare:
+        program = self._job.program
+        assert program is not None
+        ahead, self._ahead = self._ahead, None
+        return ahead or Spare(program.interpreter, self._job.env)
+
+    def _watch_spare(self, spare: Spare) -> None:
+        self._selector.register(spare.socket, selectors.EVENT_READ, lambda: self._hear_spare(spare))
+        self._watch(spare.child)
+
+    def _unwatch_spare(self, spare: Spare) -> None:
+        self._selector.unregister(spare.socket)
 
     def _start(self, global_rank: int) -> None:
         """Start a worker: by the spare, which may still be importing, or cold."""
@@ -510,15 +543,14 @@ class Node:
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
         argv = (program.script, *program.args)
         assignment = Assignment(global_rank, program.module, argv, env)
-        if self._spare is not None and self._spare.assign(assignment):
-            self._starts[global_rank] = "warm" if self._spare.ready else "booting"
-        else:
+        self._starts[global_rank] = self._spares.assign(assignment)
+        if self._starts[global_rank] == COLD:
             self._start_cold(global_rank)
 
     def _start_cold(self, global_rank: int) -> None:
         assert self._job.program is not None
         env = {**self._job.env, **self._job.rank_env(global_rank, self._epoch)}
-        self._starts[global_rank] = "cold"
+        self._starts[global_rank] = COLD
         child = supervision.start(f"rank {global_rank}", self._job.program.command, env)
         self._watch(child)
         self._started(global_rank, child)
@@ -528,24 +560,15 @@ class Node:
         told = {"start": self._starts.pop(global_rank), "pid": child.pid, "epoch": self._epoch}
         self._log.emit("started", global_rank=global_rank, **told)
 
-    def _hear_spare(self) -> None:
-        if self._spare is None:
-            return
-        spare, heard = self._spare, self._spare.hear()
+    def _hear_spare(self, spare: Spare) -> None:
+        heard = self._spares.hear(spare)
+        if heard.ready:
+            self._log.emit("spare", pid=spare.child.pid, obstacle=spare.obstacle)
         for rank, child in heard.born.items():
             if child is not spare.child:
                 self._watch(child)
             self._started(rank, child)
         for rank in heard.cold:
-            self._start_cold(rank)
-        if heard.over or spare.child in heard.born.values():
-            self._let_spare_go()
-
-    def _let_spare_go(self) -> None:
-        assert self._spare is not None
-        spare, self._spare = self._spare, None
-        self._selector.unregister(spare.socket)
-        for rank in spare.close():
             self._start_cold(rank)
 
     def _watch(self, child: Child) -> None:
@@ -553,10 +576,12 @@ class Node:
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
 
     def _ended(self, child: Child) -> None:
-        if self._spare is not None and child is self._spare.child:
-            self._hear_spare()
-            if self._spare is not None:
-                self._let_spare_go()
+        spare = self._spares.of(child)
+        if spare is not None:
+            self._hear_spare(spare)
+            # A worker that it has forked just now may hold its end of the socket, too.
+            for rank in self._spares.let_go(spare) if self._spares.of(child) else []:
+                self._start_cold(rank)
         self._selector.unregister(child.pidfd)
         self._children.discard(child)
         code = supervision.reap(child)
@@ -576,9 +601,9 @@ class Node:
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        elif self._spare is not None and global_rank in self._starts:
+        elif (spare := self._spares.starting(global_rank)) is not None:
             # It was to start the worker, and has not; its end has the worker started cold.
-            self._spare.child.kill(signal.SIGKILL)
+            spare.child.kill(signal.SIGKILL)
 
     def _lost(self, rank: int, code: int, pid: int) -> None:
         """A worker has ended."""

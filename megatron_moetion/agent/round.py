@@ -26,8 +26,10 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.doubts import Doubts
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier, Tried, after_failure
 from megatron_moetion.agent.traces import Trace, Traces
-from megatron_moetion.config import Config
+from megatron_moetion.config import DEFAULT_BUDGET, Config, RestartBudget
 from megatron_moetion.recovery.phase import FINAL, Phase, PhaseMachine, Step
 from megatron_moetion.vault.entry import split_key
 
@@ -39,6 +41,7 @@ class _Answers:
     positions: dict[int, Json] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     gathered: dict[int, Gathered] = field(default_factory=dict)
+    rebuilt: set[int] = field(default_factory=set)
 
 
 class Round:
@@ -49,6 +52,8 @@ class Round:
         max_retries: failures of one rank at one iteration after which the job ends.
         fired: scripted faults that were injected before, by index.
         replaces_nodes: what a lost node held is on other nodes, and another may take its place.
+        budget: localized recoveries within a time, after which the next tier is tried.
+        tried: against failures, before this job started anew from a spill.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Round:
         max_retries: int = Config().max_retries,
         fired: Iterable[int] = (),
         replaces_nodes: bool = False,
+        budget: RestartBudget = DEFAULT_BUDGET,
+        tried: Tried = NOTHING_TRIED,
     ) -> None:
         self.epoch = 0
         self._nodes = ranks_of_node
@@ -78,6 +85,10 @@ class Round:
         self._traces = Traces()
         self._expelled: dict[int, str] = {}
         self._expelled_in: int | None = None
+        self._budget, self._tried = budget, tried
+        self._restarting: set[int] = set()
+        self._rebuilt: set[int] = set()
+        self._doubts = Doubts()
 
     @property
     def phase(self) -> Phase:
@@ -150,10 +161,17 @@ class Round:
         """Replaces a worker that failed in an iteration, or ends the job if it does so always."""
         rank = event.global_rank
         self._traces.left(rank, iteration)
+        rejected = self._doubts.rejected_by(rank)
+        if rank in self._restarting:
+            # It was killed to be started anew.
+            self._restarting.discard(rank)
+            return self._freeze(event)
+        if rejected:
+            return self._distrust(event, iteration or 0)
         self._failures[rank, iteration] += 1
         times = self._failures[rank, iteration]
         if times <= self._max_retries:
-            return self._freeze(event)
+            return self._against(event.at, lambda: self._freeze(event))
         expelled, trace = self._expelled.get(rank), self._traces.of(iteration)
         if expelled is not None:
             return self._hopeless(f"{expelled}; that was retry {times - 1}", state_lost=True)
@@ -163,6 +181,64 @@ class Round:
             more += f"{who}: {trace.last}"
         reason = f"rank {rank} failed {times} times at iteration {iteration}{more}"
         return self._hopeless(reason, trace=trace)
+
+    def _against(self, at: float, begin: Callable[[], list[Command]]) -> list[Command]:
+        """What is done against a failure at a time: in training, what the budget says.
+
+        Args:
+            begin: begins a round for those that have failed.
+        """
+        if self.phase is not Phase.TRAINING:
+            return begin()
+        self._tried, tier = after_failure(self._tried, at, self._budget)
+        if tier is Tier.LOCALIZED:
+            return begin()
+        seconds = f"{self._budget.seconds:g} s (--moetion-restart-budget {self._budget})"
+        return self._down(f"more than {self._budget.num} recoveries within {seconds}", tier, begin)
+
+    def _distrust(self, event: Exited, iteration: int) -> list[Command]:
+        """The host rejects what comes right out of state that was rebuilt from memory: who was
+        rebuilt is rebuilt once more, and what it reads is looked through; where that did not help,
+        the next tier is tried.
+        """
+        tier, trace = self._doubts.raised(iteration), self._traces.of(iteration)
+        if tier is None:
+            return self._freeze(event)
+        reason = "what was rebuilt from memory gives results that the host rejects"
+        reason += f": {trace.last}" if trace is not None else ""
+        if tier is not Tier.LOCALIZED:
+            if tier is Tier.MEMORY:
+                self._tried = self._tried.with_step(tier, event.at)
+            return self._down(reason, tier, lambda: self._freeze(event), trace)
+        suspects = self._rebuilt if self.phase is Phase.TRAINING else set()
+        return self._against(event.at, lambda: self._look_through(event, suspects, reason))
+
+    def _look_through(self, event: Exited, suspects: set[int], reason: str) -> list[Command]:
+        commands = self._freeze(event)
+        self._restarting |= suspects - self._dead
+        step = {"epoch": self.epoch, "global_ranks": sorted(self._restarting), "reason": reason}
+        looks = f"{reason}; {Tier.LOCALIZED}, and frames are looked through"
+        return [
+            Record("distrusted", step),
+            *commands,
+            Expel(tuple(sorted(self._restarting)), looks),
+        ]
+
+    def _down(
+        self,
+        reason: str,
+        tier: Tier,
+        begin: Callable[[], list[Command]],
+        trace: Trace | None = None,
+    ) -> list[Command]:
+        """Tries a tier below, or ends the job if that is nothing that workers could be part of."""
+        step = Record("escalated", {"epoch": self.epoch, "tier": tier, "reason": reason})
+        if tier is not Tier.MEMORY:
+            return [step, *self._hopeless(reason, state_lost=tier is Tier.SPILL, trace=trace)]
+        commands = begin()
+        self._restarting |= self._survivors | self._ready
+        anew = f"{reason}; {tier}: all workers start anew from what memory holds"
+        return [step, *commands, Expel(tuple(sorted(self._restarting)), anew)]
 
     def _freeze(self, event: Exited) -> list[Command]:
         rank = event.global_rank
@@ -180,16 +256,21 @@ class Round:
 
     def _node_lost(self, event: AgentLost) -> list[Command]:
         """Its workers are gone, too, and what they had told of themselves."""
-        node_rank, reason = event.node_rank, f"the agent of node {event.node_rank} is gone"
+        reason = f"the agent of node {event.node_rank} is gone"
         if not self._replaces_nodes:
             return self._hopeless(f"{reason} ({event.why})")
         if self._finished:
             finished = sorted(self._finished)
             return self._hopeless(f"{reason} after ranks {finished} had finished", state_lost=True)
+        return self._against(event.at, lambda: self._wait_for_node(event))
+
+    def _wait_for_node(self, event: AgentLost) -> list[Command]:
+        node_rank = event.node_rank
         self._lost.add(node_rank)
         ranks = set(self._nodes[node_rank])
         self._dead |= ranks
         self._ready -= ranks
+        self._restarting -= ranks
         freeze = self._begin()
         lost = {"epoch": self.epoch, "node_rank": node_rank, "why": event.why}
         return [Record("node-lost", {**lost, "dead": sorted(self._dead)}), freeze, *self._advance()]
@@ -239,13 +320,14 @@ class Round:
                 self._finished.add(rank)
             case "failed":
                 self._traces.raised(rank, message["trace"], message["echo"])
+                self._doubts.told(rank, bool(message.get("rejected")))
             case "damaged":
                 return self._damaged(message)
             case "unfit":
                 return self._unfit(rank, str(message["reason"]))
             case "hopeless":
-                lost = bool(message.get("state_lost"))
-                return self._hopeless(str(message["reason"]), state_lost=lost)
+                lost, refused = bool(message.get("state_lost")), bool(message.get("refused"))
+                return self._hopeless(str(message["reason"]), state_lost=lost, refused=refused)
             case "ready" if rank in self._dead:
                 self._ready.add(rank)
                 return self._advance()
@@ -281,6 +363,8 @@ class Round:
             # Where they go on may be before what counted as committed.
             self._committed = message.get("iteration", self._committed)
             self._answers.done.add(rank)
+            if message.get("rebuilt"):
+                self._answers.rebuilt.add(rank)
         return self._advance()
 
     def _gathered(self, event: Gathered) -> list[Command]:
@@ -328,6 +412,7 @@ class Round:
 
     def _facts(self) -> list[Command]:
         self._machine.take(Step.GATHERED)
+        self._doubts.looks_through()
         positions: Json = {}
         for node_rank in sorted(self._answers.gathered):
             told = self._answers.gathered[node_rank].positions
@@ -347,6 +432,7 @@ class Round:
             "positions": known,
             "frames": frames,
             "starts": self._starts(positions),
+            "doubted": self._doubts.any,
             "logged": {
                 rank: max(below, known[rank].get("since", 0))
                 for answer in self._answers.gathered.values()
@@ -394,7 +480,9 @@ class Round:
         self._went_on.append((self.epoch, self._committed))
         self._dead.clear()
         self._ready.clear()
+        self._rebuilt = self._answers.rebuilt
         self._expelled.clear()
+        self._restarting.clear()
         self._traces.goes_on()
         self._first_code = 0
         return [
@@ -428,15 +516,21 @@ class Round:
         return [Record("expelled", fields), Expel(tuple(stuck), reason)]
 
     def _hopeless(
-        self, reason: str, *, state_lost: bool = False, trace: Trace | None = None
+        self,
+        reason: str,
+        *,
+        state_lost: bool = False,
+        refused: bool = False,
+        trace: Trace | None = None,
     ) -> list[Command]:
+        tried = None if refused else self._tried
         self._machine.take(Step.HOPELESS)
         newest = self._traces.newest
         if trace is None and newest is not None and not newest.echo:
             trace = newest
         return [
             Record("ended", {"epoch": self.epoch, "reason": reason}),
-            End(reason, self._first_code or 1, state_lost, self._injected, trace),
+            End(reason, self._first_code or 1, state_lost, self._injected, trace, tried),
         ]
 
 
@@ -454,12 +548,13 @@ def _anywhere(gathered: Sequence[Gathered], counts: Callable[[Json], bool]) -> J
     """What can be read of each rank's frames: its own, and copies of those that it lacks.
 
     One sound copy on a node that lives is enough to rebuild from. What the owner has dropped does
-    not count, as a holder hears of that a moment later and the logs are gone.
+    not count, as a holder hears of that a moment later and the logs are gone; nor does what was
+    given up, which the owner has until the same iteration is captured again.
     """
     frames: Json = {}
     below: dict[str, int] = {}
     for answer in gathered:
-        frames |= {rank: list(listed) for rank, listed in answer.frames.items()}
+        frames |= {rank: list(filter(counts, listed)) for rank, listed in answer.frames.items()}
         below |= answer.below
     for answer in gathered:
         for rank, listed in answer.copies.items():

@@ -17,6 +17,7 @@ FLAGS = (
     "--moetion-cut",
     "--moetion-hang-factor",
     "--moetion-max-retries",
+    "--moetion-restart-budget",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -55,9 +56,13 @@ class AgentShelf:
             data = torch.empty(0, dtype=torch.uint8)
         return Found(data, reply["checksum"], reply["parts"], reply["meta"], reply["node_rank"])
 
-    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
+    def quarantine(
+        self, global_rank: int, key: str, found: Found, distrusted: str | None = None
+    ) -> str | None:
         """Ask the agent, which asks the copy's own agent if need be."""
-        about = {"global_rank": global_rank, "key": key, "checksum": found.checksum}
+        about: dict[str, Any] = {"global_rank": global_rank, "key": key}
+        about["checksum"] = found.checksum
+        about["distrusted"] = distrusted
         reply = self._link.request({"op": "quarantine", "node_rank": found.node_rank, **about})
         reason = reply["reason"]
         assert reason is None or isinstance(reason, str)

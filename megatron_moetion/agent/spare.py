@@ -7,6 +7,7 @@ ends at once, so that the worker becomes a child of the agent, which adopts orph
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,9 @@ def main() -> None:
     for name in modules_to_import():
         preimport(name)
     warnings.showwarning = show
+    # Neither the collector nor a recovery (`recovery/references.py`) has to pass that again, in any
+    # worker, and its pages stay shared.
+    gc.freeze()
     obstacle = why_not_to_fork()
     ready = {"ready_after_ms": round((time.monotonic() - started) * 1000), "obstacle": obstacle}
     channel.send(json.dumps(ready).encode())

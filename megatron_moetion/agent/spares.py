@@ -7,13 +7,15 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_moetion.agent.spare import MAX_MESSAGE, SPARE_FD
 from megatron_moetion.agent.supervision import Child, start
 
+WARM, BOOTING, COLD = "warm", "booting", "cold"
+"""How a worker is started: by a spare that is ready, by one that still imports, by none."""
 PROGRAM = str(Path(__file__).with_name("spare.py"))
 
 
@@ -36,12 +38,16 @@ class Assignment:
 
 @dataclass
 class Heard:
-    """What came of assignments: workers by name, and names of those to be started cold; `over` when
-    the process will say no more.
+    """What came of assignments: workers by name, and names of those to be started cold.
+
+    Attributes:
+        ready: the imports are done since just now.
+        over: the process will say no more.
     """
 
     born: dict[int, Child] = field(default_factory=dict)
     cold: list[int] = field(default_factory=list)
+    ready: bool = False
     over: bool = False
 
 
@@ -66,6 +72,11 @@ class Spare:
         self.obstacle = ""
         self._under_way: dict[int, Assignment] = {}
 
+    @property
+    def under_way(self) -> list[int]:
+        """Names of the assignments that nothing has come of yet."""
+        return list(self._under_way)
+
     def assign(self, assignment: Assignment) -> bool:
         """Have a worker started, now or as soon as the imports are done; `hear` tells of it.
 
@@ -88,6 +99,7 @@ class Spare:
                 heard.born[said["born"]] = self._born(said["born"], said["pid"])
             else:
                 heard.cold += self._imported(said["obstacle"])
+                heard.ready = True
         heard.over = message == b""
         return heard
 
@@ -110,8 +122,6 @@ class Spare:
 
     def _imported(self, obstacle: str) -> list[int]:
         self.ready, self.obstacle = True, obstacle
-        if obstacle:
-            print(f"moetion-run: workers start cold, no fork: {obstacle}", file=sys.stderr)
         cold = []
         for assignment in list(self._under_way.values()):
             if self.spent:
@@ -134,3 +144,77 @@ class Spare:
         if pid == self.child.pid:
             return self.child
         return Child(f"rank {who}", pid, os.pidfd_open(pid))
+
+
+class Spares:
+    """The warm spares of a node: one where it forks workers, else as many as are wanted, as each of
+    them becomes one worker.
+
+    Args:
+        wanted: how many are kept where they cannot fork; 0 keeps none at all.
+        make: starts one.
+        on_new: told of each one, to listen to it and to watch its process.
+        on_gone: told of one whose socket is about to be closed.
+    """
+
+    def __init__(
+        self,
+        wanted: int,
+        make: Callable[[], Spare],
+        on_new: Callable[[Spare], None],
+        on_gone: Callable[[Spare], None],
+    ) -> None:
+        self._wanted, self._make = wanted, make
+        self._on_new, self._on_gone = on_new, on_gone
+        self._all: list[Spare] = []
+        self._fork = True
+
+    @property
+    def all(self) -> list[Spare]:
+        """Those that may still start workers."""
+        return list(self._all)
+
+    def keep(self) -> None:
+        """Start as many as are missing."""
+        while len(self._all) < (min(self._wanted, 1) if self._fork else self._wanted):
+            self._all.append(self._make())
+            self._on_new(self._all[-1])
+
+    def assign(self, assignment: Assignment) -> str:
+        """Have a worker started; returns how: WARM, BOOTING, or COLD when nobody here can."""
+        for spare in sorted(self._all, key=lambda spare: not spare.ready):
+            # Behind another worker it would not be started by one that cannot fork.
+            if (self._fork or not spare.under_way) and spare.assign(assignment):
+                return WARM if spare.ready else BOOTING
+        return COLD
+
+    def hear(self, spare: Spare) -> Heard:
+        """`Spare.hear`; one that is used up is let go of."""
+        if spare not in self._all:
+            # Of two events at once, the other one has said so.
+            return Heard()
+        heard = spare.hear()
+        if spare.obstacle and self._fork:
+            self._fork = False
+            print(
+                f"moetion-run: {spare.obstacle}, so no worker is forked: a warm spare becomes one"
+                f" worker, and this node keeps {self._wanted} (--spares)",
+                file=sys.stderr,
+            )
+        if heard.over or spare.child in heard.born.values():
+            heard.cold += self.let_go(spare)
+        return heard
+
+    def let_go(self, spare: Spare) -> list[int]:
+        """It is a worker now or has ended; returns whom it has not started."""
+        self._all.remove(spare)
+        self._on_gone(spare)
+        return spare.close()
+
+    def of(self, child: Child) -> Spare | None:
+        """The one whose process that is."""
+        return next((spare for spare in self._all if spare.child is child), None)
+
+    def starting(self, who: int) -> Spare | None:
+        """The one that is to start that worker and has not yet."""
+        return next((spare for spare in self._all if who in spare.under_way), None)

@@ -129,6 +129,8 @@ def end_all(children: Sequence[Child], grace: timedelta = GRACE) -> Ended:
     ended = Ended()
     for child in children:
         child.kill(signal.SIGTERM)
+        # One that is stopped gets to it only when it goes on.
+        child.kill(signal.SIGCONT)
     deadline = time.monotonic() + grace.total_seconds()
     waiting = list(children)
     with selectors.DefaultSelector() as selector:

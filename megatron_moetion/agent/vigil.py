@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from megatron_moetion.agent.hangs import (
+    FEWEST_PAUSES,
     SHORTEST_OF_TIMEOUT,
     Limit,
     Observation,
@@ -136,7 +137,8 @@ class Vigil:
         return (
             f"after {self._factor:g} iterations without progress (--moetion-hang-factor), though"
             f" not before {seconds / SHORTEST_OF_TIMEOUT:g} s; before their time is known, and in"
-            f" evaluation and saving, after {seconds:g} s (--moetion-timeout)"
+            f" the first {FEWEST_PAUSES} evaluations and savings, after {seconds:g} s"
+            " (--moetion-timeout)"
         )
 
     @property

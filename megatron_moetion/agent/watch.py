@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_moetion.agent.hangs import STOPPED, TRACED, Observation, usual_step
+from megatron_moetion.agent.hangs import STOPPED, TRACED, Observation, usual_pause, usual_step
 from megatron_moetion.agent.wire import Message
 from megatron_moetion.progress import SET_UP, Page
 
@@ -122,7 +122,8 @@ class Watch:
             return Observation(rank, pid, 0.0, 0, 0, SET_UP, False, state)
         seconds = max(0.0, (time.monotonic_ns() - seen.stamp_ns) / 1e9)
         where = (seen.iteration, seen.ordinal, seen.place, seen.waiting)
-        return Observation(rank, pid, seconds, *where, state, step=usual_step(seen.steps))
+        step, pause = usual_step(seen.steps), usual_pause(seen.pauses)
+        return Observation(rank, pid, seconds, *where, state, step=step, pause=pause)
 
 
 def state_of(pid: int) -> str:

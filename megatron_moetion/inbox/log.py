@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,27 +42,50 @@ class InboxLog:
         self._store, self._global_rank, self._device = store, global_rank, device
         self.epoch = 0
 
-    def write(self, key: Key, tensors: Sequence[torch.Tensor]) -> None:
-        """Logs tensors. Once this returns, the caller may overwrite or free the sources."""
-        self.write_state(key, [t.detach() for t in tensors])
+    def write(
+        self, key: Key, tensors: Sequence[torch.Tensor], check: Callable[[], None] | None = None
+    ) -> None:
+        """Logs tensors. Once this returns, the caller may overwrite or free the sources.
 
-    def read(self, key: Key, global_ranks: Iterable[int]) -> list[torch.Tensor] | None:
-        """Fresh copies of the logged tensors from the first rank that has them, or None."""
-        found = self.read_state(key, global_ranks)
+        Args:
+            check: called when their bytes have been read and nobody can see the entry yet; what it
+                raises leaves no entry.
+        """
+        self.write_state(key, [t.detach() for t in tensors], check)
+
+    def read(
+        self, key: Key, global_ranks: Iterable[int], since: int = 0
+    ) -> list[torch.Tensor] | None:
+        """Fresh copies of the logged tensors from the first rank that has them, or None.
+
+        Args:
+            since: what was written in an earlier epoch does not count.
+        """
+        found = self.read_state(key, global_ranks, since)
         assert found is None or isinstance(found, list)
         return found
 
-    def write_state(self, key: Key, state: Any) -> None:
+    def write_state(self, key: Key, state: Any, check: Callable[[], None] | None = None) -> None:
         """Logs nested containers of tensors and scalars (see `snapshot.bundle`).
+
+        Args:
+            check: see `write`.
 
         Raises:
             bundle.Unsupported: naming a value that cannot be logged.
         """
         meta, data = bundle.pack(state)
+        if check is not None:
+            check()
         self._store.put(str(key), data, {**meta, "epoch": self.epoch})
 
-    def read_state(self, key: Key, global_ranks: Iterable[int] | None = None) -> Any:
+    def read_state(
+        self, key: Key, global_ranks: Iterable[int] | None = None, since: int = 0
+    ) -> Any:
         """The logged state, or None when none of these ranks (default: this one) has it.
+
+        Args:
+            since: what was written in an earlier epoch does not count.
 
         Raises:
             CorruptEntry: each copy that there is is damaged.
@@ -74,7 +97,7 @@ class InboxLog:
             except CorruptEntry as error:
                 damaged = error
                 continue
-            if entry is not None:
+            if entry is not None and entry.meta["epoch"] >= since:
                 return bundle.unpack(entry.meta, entry.data, self._device)
         if damaged is not None:
             raise damaged

@@ -47,8 +47,12 @@ class Cursor:
             results that a peer already has are taken from its log instead of asking peers that have
             moved on.
         counts: entries so far in this iteration, by kind and place.
-        replays: iterations are replayed from what entered the stage (the stage cut). Else nothing
-            of it is logged, and an iteration that is cut short anywhere is run again as a whole.
+        replays: iterations are replayed from what entered the stage (the stage cut). Else (the
+            shard cut) nothing is logged before the optimizer's step, and an iteration that is cut
+            short there is run again as a whole.
+        closing: under the shard cut, in the optimizer's step before its commit point: what ranks
+            agree on here is logged, for those that a failure keeps from hearing of it.
+        since: the epoch in which this run of the iteration began.
     """
 
     mode: Mode = Mode.OFF
@@ -57,6 +61,8 @@ class Cursor:
     refeed: int = -1
     counts: Counter[str] = field(default_factory=Counter)
     replays: bool = True
+    closing: bool = False
+    since: int = 0
 
     def take(self, place: str) -> int:
         """The next ordinal at a place."""
@@ -66,8 +72,16 @@ class Cursor:
 
     @property
     def small_talk(self) -> bool:
-        begin = Progress.AFTER_STEP if self.replays else Progress.RETURNED
-        return self.progress.order >= begin.order
+        return self.progress.order >= Progress.AFTER_STEP.order
+
+    @property
+    def believes(self) -> int:
+        """The oldest epoch whose results are those of this run of the iteration.
+
+        A replay gives the same results as the run before it. What is run again under the shard cut
+        need not, until its end: from there on everybody is to be told what others were.
+        """
+        return 0 if self.replays or self.progress is Progress.RETURNED else self.since
 
 
 class Gate(Protocol):
@@ -78,6 +92,11 @@ class Gate(Protocol):
 
     def pause(self, error: Exception) -> None:
         """Recovers in place; returns when the job goes on."""
+
+    def update(self, run: Callable[[], Any]) -> Any:
+        """Runs what belongs to the update behind the commit point, or gives it up and returns None:
+        it is made up for after the recovery.
+        """
 
     def reached(self, place: str) -> None:
         """A fault may fire here."""
@@ -182,24 +201,33 @@ class CollectiveTap:
         label = self._groups.name(group)
         members = self.members(label, self._groups.current(group))
         crosses = self._topology.spans_stages(members) if members else False
-        if not (self._cursor.replays or self._cursor.small_talk):
-            everybody = len(members) == self._topology.world_size
+        everybody = len(members) == self._topology.world_size
+        if not (self._cursor.replays or self._cursor.closing or self._cursor.small_talk):
             if (crosses or everybody) and not self._apart:
                 self._gate.reached("norm")
-            result = self._run(host, bound, crosses)
+            result = self._updating(lambda: self._run(host, bound, crosses))
             self._seen(members)
             return result
         ours = self._apart or (
             len(members) > 1
-            and (crosses or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE))
+            and (
+                crosses
+                or (everybody and self._cursor.closing)
+                or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE)
+            )
         )
+        asynchronous = bool(bound.arguments.get("async_op"))
+        if self._cursor.closing and (not ours or asynchronous or name not in _OUTPUTS):
+            # Whoever passed the world before it need not be past it, and nobody logs it.
+            self.world_passed = False
+            return self._run(host, bound, crosses)
         if not ours or name not in _OUTPUTS:
             if ours and crosses and not self._cursor.small_talk:
                 raise MissingFromInbox(
                     f"{name} on group {label} {members} crosses stages and cannot be logged"
                 )
             return self._run(host, bound, crosses)
-        if bound.arguments.get("async_op"):
+        if asynchronous:
             raise MissingFromInbox(
                 f"asynchronous {name} on group {label} {members} cannot be logged"
             )
@@ -224,6 +252,10 @@ class CollectiveTap:
         self._seen(members)
         return result
 
+    def _updating(self, run: Callable[[], Any]) -> Any:
+        stepping = self._cursor.progress is Progress.STEPPING and self._cursor.mode is Mode.LIVE
+        return self._gate.update(run) if stepping else run()
+
     def _seen(self, members: tuple[int, ...]) -> None:
         self.world_passed = self.world_passed or len(members) == self._topology.world_size
 
@@ -234,6 +266,7 @@ class CollectiveTap:
         while True:
             try:
                 result = self._run(host, bound, self._topology.spans_stages(members))
+                self._log.write(key, outputs, self._groups.waits.only_intact)
             except Exception as error:
                 if not is_communication_error(error):
                     raise
@@ -241,7 +274,7 @@ class CollectiveTap:
                 self._groups.waits.settle()
                 (self._gate.pause if repeatable else self._gate.await_commit)(error)
             else:
-                break
+                return result
             if self._feed(key, outputs, members):
                 return None
             if not repeatable:
@@ -250,8 +283,6 @@ class CollectiveTap:
                 )
             for tensor, value in zip(outputs, before, strict=True):
                 tensor.copy_(value)
-        self._log.write(key, outputs)
-        return result
 
     def _run(self, host: Callable[..., Any], bound: inspect.BoundArguments, crosses: bool) -> Any:
         if "group" in bound.arguments:
@@ -262,10 +293,11 @@ class CollectiveTap:
     def _feed(
         self, key: CollectiveKey, outputs: Sequence[torch.Tensor], members: tuple[int, ...]
     ) -> bool:
-        logged = self._log.read(key, [self._topology.global_rank])
+        since = self._cursor.believes
+        logged = self._log.read(key, [self._topology.global_rank], since)
         if logged is None:
             others = [rank for rank in members if rank != self._topology.global_rank]
-            logged = self._log.read(key, others)
+            logged = self._log.read(key, others, since)
             if logged is None:
                 return False
             # Whoever has it may be the next to be lost.

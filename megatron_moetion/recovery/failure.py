@@ -25,6 +25,10 @@ class ReplayDiverged(RuntimeError):
     """Replay produced other bits than training did."""
 
 
+class Rejected(RuntimeError):
+    """The host refuses a result that comes right out of state that was rebuilt from memory."""
+
+
 # Texts of gloo and of torch's wrappers; NCCL and the store raise the dist.* types.
 _GLOO = (
     "gloo/transport",

@@ -6,8 +6,8 @@ Every rank computes it from the same facts; equal digests prove that they agree 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -43,6 +43,7 @@ class Position:
         ended: (iteration, n): it has been through the first n interludes after that iteration, and
             through all of earlier ones. It never goes back, also where an iteration is run again.
         told: likewise, of which it has written what they say.
+        gathered: it has all parameters of its stage as of its last update, under the shard cut.
     """
 
     iteration: int = 0
@@ -52,6 +53,7 @@ class Position:
     since: int = 0
     ended: tuple[int, int] = (0, 0)
     told: tuple[int, int] = (0, 0)
+    gathered: bool = True
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -62,13 +64,15 @@ class Position:
             "since": self.since,
             "ended": list(self.ended),
             "told": list(self.told),
+            "gathered": self.gathered,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Position:
         numbers = {k: int(str(data[k])) for k in ("iteration", "committed", "logged", "since")}
         ended, told = (_pair(data[k]) for k in ("ended", "told"))
-        return cls(progress=Progress(str(data["progress"])), ended=ended, told=told, **numbers)
+        progress, gathered = Progress(str(data["progress"])), bool(data["gathered"])
+        return cls(progress=progress, ended=ended, told=told, gathered=gathered, **numbers)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -114,6 +118,7 @@ class Facts:
         logged: of every rank with a position, the oldest iteration of which what it sent over
             stage edges is still in its log; 0 for one that is not named.
         cut: that the frames were captured for; empty where there are none.
+        doubted: a rebuild has led to results that the host rejects, so frames are looked through.
     """
 
     epoch: int
@@ -124,6 +129,7 @@ class Facts:
     starts: Mapping[int, frozenset[int]] = field(default_factory=dict)
     logged: Mapping[int, int] = field(default_factory=dict)
     cut: str = ""
+    doubted: bool = False
 
     @property
     def lost(self) -> frozenset[int]:
@@ -159,6 +165,8 @@ class Plan:
         stages: under the stage cut, an entry for each failed stage; all others wait.
         shards: under the shard cut, (global rank, base) of each rank that rebuilds itself by
             updates; all others keep what they have.
+        unfinished: under the shard cut, survivors that were in the committed iteration: they finish
+            it but for the gather of their parameters, which is made up for.
     """
 
     epoch: int
@@ -166,6 +174,7 @@ class Plan:
     dead: tuple[int, ...]
     stages: tuple[StagePlan, ...] = ()
     shards: tuple[tuple[int, int], ...] = ()
+    unfinished: tuple[int, ...] = ()
 
     def stage(self, pp_rank: int) -> StagePlan | None:
         return next((s for s in self.stages if s.pp_rank == pp_rank), None)
@@ -386,27 +395,46 @@ def shard_base(frames: Sequence[FrameInfo], at: int) -> int | None:
 def make_shard_plan(facts: Facts) -> Plan:
     """Decides at which iteration training goes on, and who has to rebuild its state of then.
 
-    It is the newest that all ranks have been through and for which every rank that lacks its state,
-    as it died or is further, has frames. Ranks that are further make their updates undone.
+    It is the committed one if all ranks that died have frames up to it: the frame of an iteration
+    is sealed once what its training step returned is logged. Survivors that are still in it finish
+    it. Otherwise it is the newest that everybody has frames for, and all make later updates undone.
+
+    Where a rank is lost with its log, others may wait in the end of an iteration for what only that
+    log had, so training does not go on behind one that somebody has not returned from.
 
     Raises:
         NothingToRebuildFrom: there is no such iteration.
     """
-    newest = min(reached(position) for position in facts.positions.values())
+    dead, survivors = set(facts.dead), facts.positions.keys() - set(facts.dead)
+    newest = facts.committed
+    if facts.lost:
+        newest = min(reached(position) for position in facts.positions.values())
     for at in range(newest, -1, -1):
-        further = {r for r, position in facts.positions.items() if position.committed > at}
         if any(at + 1 not in starts for starts in facts.starts.values()):
             continue
-        ranks = sorted(further | set(facts.dead))
+        further = survivors if at < facts.committed else set()
+        ranks = sorted(further | dead)
         bases = [(rank, shard_base(facts.frames.get(rank, ()), at)) for rank in ranks]
         found = tuple((rank, base) for rank, base in bases if base is not None)
         if len(found) == len(ranks):
-            return Plan(facts.epoch, at, tuple(sorted(facts.dead)), shards=found)
+            unfinished = () if further else tuple(sorted(_unfinished(facts, survivors)))
+            return Plan(facts.epoch, at, tuple(sorted(dead)), (), found, unfinished)
     held = {r: [f.iteration for f in frames] for r, frames in sorted(facts.frames.items())}
     raise NothingToRebuildFrom(
         f"no iteration up to {newest} can be rebuilt: no complete set of frames is left (sealed "
         f"frames by rank: {held})"
     )
+
+
+def _unfinished(facts: Facts, survivors: Iterable[int]) -> Iterator[int]:
+    """Survivors that may lack parameters: a device may be behind the place that its rank has told,
+    but not where a training step has returned, as its small talk waits for the device.
+    """
+    for rank in survivors:
+        position = facts.positions[rank]
+        inside = position.progress is not Progress.RETURNED
+        if (position.iteration == facts.committed and inside) or not position.gathered:
+            yield rank
 
 
 def entered(facts: Facts, global_rank: int, by_shard: bool = False) -> Position:
@@ -416,13 +444,18 @@ def entered(facts: Facts, global_rank: int, by_shard: bool = False) -> Position:
     done. Under the stage cut in the one that counts as done itself, right behind its commit point:
     the others may wait in it for its small talk. At the start of a job there is nothing in it.
 
+    Under the shard cut a frame of the iteration that counts as done proves that it had returned
+    from it, also where it could not tell any more.
+
     Raises:
         NothingToRebuildFrom: see `make_shard_plan`.
     """
+    at = make_shard_plan(facts).committed if by_shard else facts.committed
     known = facts.positions.get(global_rank)
     if known is not None:
+        if by_shard and global_rank in facts.dead and known.iteration <= at:
+            return replace(known, iteration=at, progress=Progress.RETURNED, committed=at)
         return known
-    at = make_shard_plan(facts).committed if by_shard else facts.committed
     if not by_shard and all(at in facts.starts.get(rank, ()) for rank in facts.lost):
         return Position(at, Progress.STEPPING, at, at - 1, ended=(at, 0))
     return Position(at + 1, Progress.BEFORE_COMMIT, at, at, ended=(at + 1, 0))

@@ -25,7 +25,7 @@ from megatron_moetion.operators import GRADIENT, LIGHT, ParamState
 from megatron_moetion.parts import Part, Stretch, complete, covered, missing, within
 from megatron_moetion.recovery.failure import MissingFromInbox, ReplayDiverged
 from megatron_moetion.recovery.plan import NothingToRebuildFrom, StagePlan
-from megatron_moetion.snapshot.frame import BUFFERS, Piece, pieces_of, view
+from megatron_moetion.snapshot.frame import BUFFERS, Piece, not_finite, pieces_of, view
 from megatron_moetion.vault import Fetched, Vault
 
 Parts = AbstractSet[Part]
@@ -52,17 +52,27 @@ class Frames:
         self._host, self._vault, self._global_rank = host, vault, global_rank
         self._states = {s.name: s for o in host.operators for s in o.params}
         self._newest: tuple[int, Fetched] | None = None
+        self.doubted = False
+        """Whatever is read is looked through, as what was read before has led to nonsense."""
 
     def forget(self) -> None:
         """Keeps nothing of the frame that was read last: it may be large, and of another node."""
         self._newest = None
 
     def _fetch(self, iteration: int) -> Fetched | None:
-        """A frame in the vault, which is read there once however often it is asked for in turn."""
+        """A frame in the vault, which is read there once however often it is asked for in turn.
+
+        Raises:
+            CorruptEntry: it is damaged; if frames are `doubted` also when it holds NaN or infinity.
+        """
         if self._newest is not None and self._newest[0] == iteration:
             return self._newest[1]
         self.forget()
         entry = self._vault.fetch(self._global_rank, str(FrameKey(iteration)))
+        if entry is not None and self.doubted:
+            bad = not_finite(pieces_of(entry.meta), entry.data, bool(entry.meta["stepped"]))
+            if bad is not None:
+                self._vault.distrust(self._global_rank, str(FrameKey(iteration)), bad)
         self._newest = None if entry is None else (iteration, entry)
         return entry
 

@@ -1,34 +1,27 @@
-"""In-place regroup: every process group is destroyed and made again under a new epoch.
-
-References to the old groups, wherever the host keeps them, are swapped for the new ones in one pass
-over the heap (one `gc.get_referrers` per group took seconds).
+"""In-place regroup: every process group is destroyed and made again under a new epoch, and whoever
+holds an old one holds its successor.
 """
 
 from __future__ import annotations
 
-import gc
-import types
-from collections.abc import Callable, Mapping, Sequence, Set
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_moetion.recovery.abort import NO_PORT, Sockets, abort, cut, open_sockets
+from megatron_moetion.recovery.references import swap_references
 from megatron_moetion.recovery.waiting import Wait, Waits
-
-_SLOT = types.MemberDescriptorType
 
 Group = Any
 """A torch ProcessGroup, or the non-member marker that `new_group` returns to ranks outside the
 group.
 """
-
-
-_HAS_INSTANCE_DICT = 1 << 4
-"""Py_TPFLAGS_MANAGED_DICT: instances of ordinary Python classes."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,7 @@ class GroupRecorder:
         self._world: Group | None = None
         self._groups: list[Group] = []
         self._stale: dict[int, tuple[Group, str]] = {}
+        self._namespaces: dict[int, dict[str, Any]] = {}
         # Read by the thread that aborts while the training thread makes and destroys groups, when
         # torch's own tables are in between.
         self._made: dict[int, Made] = {}
@@ -96,6 +90,11 @@ class GroupRecorder:
         """Called after `new_group` returned `group`."""
         self._recipes.append(Recipe(None if ranks is None else tuple(ranks), dict(options)))
         self._groups.append(group)
+        # Who makes a group keeps it in its module, too.
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            self._namespaces[id(frame.f_globals)] = frame.f_globals
+            frame = frame.f_back
 
     def abort(
         self,
@@ -206,7 +205,7 @@ class GroupRecorder:
             if isinstance(o, dist.ProcessGroup)
         }
         keep = [old, named, self._stale, *self._stale.values(), *named]
-        return swap_references(pairs, keep)
+        return swap_references(pairs, keep, self._namespaces.values())
 
     def _make_aside(self, maker: Callable[[], Group]) -> Group:
         """Makes a group in a thread that can be left alone.
@@ -215,96 +214,3 @@ class GroupRecorder:
         that wait. Such a thread never gets to where torch would note its group.
         """
         return self.waits.run(lambda: self.make(maker))
-
-
-def swap_references(pairs: dict[int, tuple[Group, Group]], keep: Sequence[Any] = ()) -> int:
-    """Replaces objects in all dicts, lists, sets, cells and attributes of the heap; one pass.
-
-    Args:
-        pairs: by `id(old)`: (old, new).
-        keep: holders that go on referring to the old groups.
-
-    Returns:
-        The number of references swapped. Tuples and frames are left alone: they belong to calls
-        under way, whose groups are translated when used (`GroupRecorder.current`).
-    """
-    own = {id(pairs), id(keep)} | {id(p) for p in pairs.values()} | {id(k) for k in keep}
-    # One pass in C for all groups; a pass for each, or a loop in Python, takes seconds.
-    holders = gc.get_referrers(*(old for old, _ in pairs.values()))
-    holders += _untracked_holders(pairs.keys())
-    return sum(_swap_in(holder, pairs) for holder in holders if id(holder) not in own)
-
-
-def _untracked_holders(wanted: Set[int]) -> list[dict[Any, Any]]:
-    """Dicts that the collector does not list: it tracks none without trackable values, and groups
-    are no such.
-
-    They hang off instances, dicts and lists, which it does list.
-    """
-    found: dict[int, dict[Any, Any]] = {}
-    for holder in gc.get_objects():
-        kind = type(holder)
-        if kind is not dict and kind is not list and not kind.__flags__ & _HAS_INSTANCE_DICT:
-            continue
-        referents = gc.get_referents(holder)
-        if dict not in map(type, referents):
-            continue
-        dicts = [r for r in referents if type(r) is dict and not gc.is_tracked(r)]
-        found |= {
-            id(d): d for d in dicts if not wanted.isdisjoint(map(id, (*d.keys(), *d.values())))
-        }
-    return list(found.values())
-
-
-def _swap_in(holder: Any, pairs: dict[int, tuple[Group, Group]]) -> int:
-    def new(value: Any) -> Any:
-        return pairs[id(value)][1] if id(value) in pairs else value
-
-    if isinstance(holder, dict):
-        owner = _class_of(holder)
-        if owner is not None:
-            return _swap_attributes(owner, vars(owner), pairs)
-        hits = [k for k, v in holder.items() if id(k) in pairs or id(v) in pairs]
-        for key in hits:
-            if id(key) in pairs:
-                holder[new(key)] = new(holder.pop(key))
-            else:
-                holder[key] = new(holder[key])
-        return len(hits)
-    if isinstance(holder, list):
-        hits_at = [i for i, v in enumerate(holder) if id(v) in pairs]
-        for index in hits_at:
-            holder[index] = new(holder[index])
-        return len(hits_at)
-    if isinstance(holder, set):
-        found = [v for v in holder if id(v) in pairs]
-        for value in found:
-            holder.remove(value)
-            holder.add(new(value))
-        return len(found)
-    if isinstance(holder, types.CellType):
-        holder.cell_contents = new(holder.cell_contents)
-        return 1
-    if isinstance(holder, tuple):
-        # A tuple cannot be changed; those met are arguments of calls that are being unwound.
-        return 0
-    slots = {n for c in type(holder).__mro__ for n, d in vars(c).items() if type(d) is _SLOT}
-    attributes = {n: getattr(holder, n, None) for n in slots} | getattr(holder, "__dict__", {})
-    return _swap_attributes(holder, attributes, pairs)
-
-
-def _class_of(namespace: dict[Any, Any]) -> type | None:
-    """The class whose namespace this is: it must be told of changes, as it caches attributes."""
-    if "__module__" not in namespace:
-        return None
-    return next((c for c in gc.get_referrers(namespace) if issubclass(type(c), type)), None)
-
-
-def _swap_attributes(
-    holder: Any, attributes: Mapping[str, Any], pairs: dict[int, tuple[Group, Group]]
-) -> int:
-    hits = [(k, v) for k, v in attributes.items() if id(v) in pairs]
-    for name, value in hits:
-        put = type.__setattr__ if issubclass(type(holder), type) else object.__setattr__
-        put(holder, name, pairs[id(value)][1])
-    return len(hits)

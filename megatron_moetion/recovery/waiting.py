@@ -155,6 +155,17 @@ class Waits:
         with self._lock:
             self._epoch = epoch
 
+    def only_intact(self) -> None:
+        """Passes as long as no failure was told that is newer than the groups in use.
+
+        Raises:
+            Interrupted: one was, and groups may have been aborted. On a GPU a collective ends
+                without an error then, whatever is in its outputs.
+        """
+        with self._lock:
+            if self._off[Wait.MAKING] > self._epoch:
+                raise Interrupted("a peer was lost before a result was taken")
+
     def all_ended(self) -> bool:
         """Whether every call that was left alone has ended since."""
         return not self.num_alone()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_moetion.operators import LIGHT, Operator, ParamState
+from megatron_moetion.operators import GRADIENT, LIGHT, Operator, ParamState
 from megatron_moetion.parts import Stretch
 from megatron_moetion.schedule import FramePlan
 
@@ -162,6 +162,31 @@ def pieces_of(meta: Mapping[str, Any]) -> tuple[Piece, ...]:
         Piece(o, n, t, d, tuple(s), off, h, None if stretch is None else Stretch(*stretch))
         for o, n, t, d, s, off, h, stretch in meta["pieces"]
     )
+
+
+def not_finite(pieces: Sequence[Piece], data: torch.Tensor, stepped: bool) -> str | None:
+    """Which tensors of a frame hold NaN or infinity; None when none does.
+
+    Args:
+        data: uint8 on the CPU, the frame.
+        stepped: see `to_meta`; the gradients of an overflow are none that anything is made of.
+    """
+    bad = [
+        f"{piece.tensor} of {piece.param}"
+        for piece in pieces
+        if (stepped or piece.tensor != GRADIENT)
+        and piece.torch_dtype.is_floating_point
+        and not torch.isfinite(view(piece, data)).all()
+    ]
+    if not bad:
+        return None
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"not finite when it was sealed: {bad[0]}{more}"
+
+
+def poison(pieces: Sequence[Piece], data: torch.Tensor) -> None:
+    """Does what a scripted fault asks for: the first optimizer state of a frame is NaN."""
+    view(next(piece for piece in pieces if piece.tensor == "main"), data).fill_(float("nan"))
 
 
 def copy_in(

@@ -283,6 +283,16 @@ class Vault:
             return None
         raise CorruptEntry(global_rank, key, reason)
 
+    def distrust(self, global_rank: int, key: str, reason: str) -> None:
+        """Put every copy of an entry in quarantine, sound ones too: it was sealed as it is.
+
+        Raises:
+            CorruptEntry: always.
+        """
+        while (found := self._shelf.find(global_rank, key)) is not None:
+            self._shelf.quarantine(global_rank, key, found, reason)
+        raise CorruptEntry(global_rank, key, reason)
+
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         """Sealed entries of any rank whose key starts with `prefix`, in order of sealing."""
         return self._shelf.inventory(global_rank, prefix)

@@ -50,7 +50,9 @@ class Shelf(Protocol):
     def find(self, global_rank: int, key: str) -> Found | None:
         """The nearest copy that is not in quarantine, or None."""
 
-    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
+    def quarantine(
+        self, global_rank: int, key: str, found: Found, distrusted: str | None = None
+    ) -> str | None:
         """Have the holder of a copy read it again; see `VaultStore.quarantine`."""
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
@@ -85,8 +87,10 @@ class StoreShelf:
         data = map_private(chunk.path, entry.offset, entry.nbytes)
         return Found(data, entry.checksum, entry.parts, entry.meta)
 
-    def quarantine(self, global_rank: int, key: str, found: Found) -> str | None:
-        return self._store.quarantine(global_rank, key, found.checksum)
+    def quarantine(
+        self, global_rank: int, key: str, found: Found, distrusted: str | None = None
+    ) -> str | None:
+        return self._store.quarantine(global_rank, key, found.checksum, distrusted)
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
         return self._store.inventory(global_rank, prefix)

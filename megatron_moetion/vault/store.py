@@ -151,11 +151,14 @@ class VaultStore:
             if entry is not None:
                 self._leave(entry)
 
-    def quarantine(self, global_rank: int, key: str, sealed: str) -> str | None:
+    def quarantine(
+        self, global_rank: int, key: str, sealed: str, distrusted: str | None = None
+    ) -> str | None:
         """Read an entry again, and forget it if its bytes are not those that were sealed.
 
         Args:
             sealed: checksum of the entry that is meant.
+            distrusted: why it is to be forgotten in any case.
 
         Returns:
             How they differ, "" when they do not, None when there is no such entry any more.
@@ -165,7 +168,7 @@ class VaultStore:
             return None
         entry, chunk = found
         data = map_private(chunk.path, entry.offset, entry.nbytes)
-        reason = damage(data.numpy(), entry.checksum, entry.parts)
+        reason = damage(data.numpy(), entry.checksum, entry.parts) or distrusted
         with self._lock:
             index = self._index.get(global_rank, {})
             if index.get(key) is not entry:

@@ -186,6 +186,18 @@ ROWS: tuple[Patch, ...] = (
         retire_when="Megatron logs batches",
     ),
     Patch(
+        target="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        how="around",
+        handler=t.validate_result,
+        signature=(
+            "(self, result, rejection_func, message, comparison_func=..., tolerance=..., fatal=...)"
+        ),
+        digest="48120a1d94e8",
+        stage="recovery",
+        why="a NaN right behind a rebuild says that what it was rebuilt from is not to be trusted",
+        retire_when="Megatron tells who rejects a result before it acts on it",
+    ),
+    Patch(
         target="megatron.core.pipeline_parallel.schedules:forward_step",
         how="around",
         handler=t.counted("forward"),
@@ -223,11 +235,11 @@ ROWS: tuple[Patch, ...] = (
     Patch(
         target="megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync",
         how="around",
-        handler=t.passed("param-gather"),
+        handler=t.param_gather,
         signature="(self, force_sync=...)",
         digest="277b3a9c5190",
-        stage="faults",
-        why="a place for scripted faults",
+        stage="recovery",
+        why="under the shard cut a rank finishes its update without peers; a place for faults",
         retire_when="never",
     ),
     Patch(

@@ -27,10 +27,16 @@ from megatron_moetion.inbox.key import BatchKey, Direction, HeaderKey
 from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Job
 from megatron_moetion.operators import table
-from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
+from megatron_moetion.recovery.failure import (
+    Interrupted,
+    Rejected,
+    Superseded,
+    is_communication_error,
+)
 from megatron_moetion.recovery.plan import (
     NothingToRebuildFrom,
     Position,
+    Progress,
     entered,
     has_result,
 )
@@ -190,6 +196,18 @@ def passed(place: str) -> Callable[..., Any]:
     return handler
 
 
+def param_gather(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """_ParamAndGradBucketGroup.start_param_sync: also where the gathers of several buckets are one
+    call, which fails only here.
+    """
+    if SESSION is None:
+        return host(*args, **kwargs)
+    SESSION.reached("param-gather")
+    if SESSION.cursor.mode is Mode.LIVE and SESSION.position.progress is Progress.STEPPING:
+        return SESSION.update(lambda: host(*args, **kwargs))
+    return host(*args, **kwargs)
+
+
 def routing(host: Callable[..., Any], self: Any, logits: torch.Tensor, **kwargs: Any) -> Any:
     """TopKRouter.routing: how many tokens go to each expert."""
     probs, routed = host(self, logits, **kwargs)
@@ -197,6 +215,24 @@ def routing(host: Callable[..., Any], self: Any, logits: torch.Tensor, **kwargs:
         assert isinstance(SESSION.host, MegatronHost)
         SESSION.host.note_load(self, logits, routed)
     return probs, routed
+
+
+def validate_result(
+    host: Callable[..., Any],
+    self: Any,
+    result: Any,
+    rejection_func: Callable[[Any], Any],
+    message: str,
+    comparison_func: Any = None,
+    tolerance: float = 0.0,
+    fatal: bool = True,
+) -> Any:
+    """RerunStateMachine.validate_result: right behind a rebuild, what the host would abort for (or,
+    in another mode, run again to tell a broken device) says something of what was rebuilt.
+    """
+    if SESSION is not None and SESSION.in_doubt and fatal and rejection_func(result):
+        raise Rejected(f"{message} ({result}), right behind a rebuild from memory")
+    return host(self, result, rejection_func, message, comparison_func, tolerance, fatal)
 
 
 def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
@@ -496,7 +532,8 @@ def _end_now(kind: type[BaseException], error: BaseException, trace: TracebackTy
     lines = leaving.traceback_of(error)
     os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in lines).encode())
     if JOB is not None and JOB.link is not None:
-        leaving.tell(JOB.link, error, echo=is_communication_error(error))
+        echo, rejected = is_communication_error(error), isinstance(error, Rejected)
+        leaving.tell(JOB.link, error, echo, rejected)
     sys.stdout.flush()
     os._exit(1)
 

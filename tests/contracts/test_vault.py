@@ -108,6 +108,17 @@ def test_damage_is_found_and_named(pair: tuple[Vault, Vault]) -> None:
         reader.fetch(RANK, "frame/7/a")
 
 
+def test_what_is_not_trusted_is_never_read_again_however_sound(pair: tuple[Vault, Vault]) -> None:
+    writer, reader = pair
+    for iteration in (1, 2):
+        writer.put(f"frame/{iteration}/a", torch.zeros(8, dtype=torch.uint8), {})
+    writer.confirm()
+    with pytest.raises(CorruptEntry, match="frame/1/a of rank 0 is damaged: not finite"):
+        reader.distrust(0, "frame/1/a", "not finite")
+    assert reader.fetch(0, "frame/1/a") is None
+    assert [entry.key for entry in reader.inventory(0, "frame/")] == ["frame/2/a"]
+
+
 def test_writing_to_what_was_fetched_never_reaches_the_vault(pair: tuple[Vault, Vault]) -> None:
     writer, reader = pair
     writer.put("frame/1/a", pattern(100), {})

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from .harness import ROOT, TORCHRUN, Run, Runner, once
+from .harness import RECOVERED, ROOT, TORCHRUN, Run, Runner, once
+from .matrix import PROPERTY
 
 LONGEST = 115
 """Iterations of the longest run; the reference that others are compared with has as many."""
@@ -54,3 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     alone = [item for item in ours if item not in with_reference]
     others = [item for item in items if item not in ours]
     items[:] = [*with_reference[:1], *alone, *with_reference[1:], *others]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """What a test compared and found the same becomes rows; a test that fails adds none."""
+    RECOVERED.clear()
+    yield
+    item.user_properties += [(PROPERTY, asdict(row)) for row in RECOVERED]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +23,10 @@ from megatron_moetion import digest, events
 from megatron_moetion.agent.standby import LAPSED_CODE
 from tests.ports import free_port
 
+from . import matrix
 from .nursery import ROOT, Launcher, Nursery
 
-PRETRAIN = ROOT / "launch" / "demo" / "pretrain_moe.py"
+PRETRAIN = Path(__file__).with_name("demo_pretrain.py")
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
 AGENT, TORCHRUN = "megatron_moetion.agent", "torch.distributed.run"
 Starter = Callable[
@@ -43,11 +45,18 @@ LIMIT_SECONDS = 900
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run left."""
+    """What a finished run left.
+
+    Attributes:
+        flags: that it was given besides those that all runs have.
+        num_stages: of its pipeline.
+    """
 
     directory: Path
     code: int
     log: str
+    flags: tuple[str, ...] = ()
+    num_stages: int = 2
 
     @property
     def records(self) -> dict[tuple[int, int], dict[str, str]]:
@@ -71,6 +80,10 @@ class Run:
     def recoveries(self) -> list[dict[str, Any]]:
         """What the leader says of each recovery that ended with training."""
         return [e for e in self.events("resumed") if e["who"].startswith("agent")]
+
+    def flag(self, name: str, default: str) -> str:
+        """The value of a flag."""
+        return dict(pairwise(self.flags)).get(name, default)
 
     def tail(self) -> str:
         """The end of the log, for an assertion's message."""
@@ -176,7 +189,9 @@ class Runner:
                 limit_seconds,
             ),
         )
-        return Run(directory, int(code), (directory / "log").read_text())
+        num_stages = (model or {}).get("pp_size", 2)
+        log = (directory / "log").read_text()
+        return Run(directory, int(code), log, tuple(flags), num_stages)
 
     def off(self, name: str, **options: Any) -> Run:
         """Trains without protection: only the digest row."""
@@ -386,6 +401,21 @@ def assert_same_bits(
         )
     lines = list(dict.fromkeys(run.lines)) if lines_may_repeat else run.lines
     assert lines[:iterations] == reference.lines[:iterations], "log lines differ"
+    _list_recoveries(run)
+
+
+RECOVERED: list[matrix.Row] = []
+"""Recoveries of the runs that the test under way has compared, bit for bit."""
+
+
+def _list_recoveries(run: Run) -> None:
+    """Whatever was to fail has failed and was recovered from."""
+    told = events.read(run.directory)
+    if run.code == 0:
+        assert matrix.unfired(run.flag("--moetion-fault", ""), told) == []
+        assert matrix.unrecovered(told) == []
+    cut = run.flag("--moetion-cut", "stage")
+    RECOVERED.extend(matrix.rows(run.directory.name, cut, run.num_stages, told))
 
 
 def first_difference(run: Run, reference: Run) -> tuple[tuple[int, int], str] | None:

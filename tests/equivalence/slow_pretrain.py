@@ -6,7 +6,6 @@ The agents tell the limit in their events; they tell it again when it has change
 
 from __future__ import annotations
 
-import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_moetion import events
 from megatron_moetion.agent.hangs import MUCH
 from megatron_moetion.session import Session
 
+SCRIPT = Path(__file__).parents[2] / "launch" / "demo" / "pretrain_moe.py"
 SLOW_RANK, SLOW_ITERATION = 1, 54
 PAUSE = "pause"
 """Kind of the event of each pause."""
@@ -58,8 +58,8 @@ def main() -> None:
     once: list[str] = []
     training.evaluate = slow("evaluation", once, training.evaluate)
     training.save_checkpoint = slow("saving", once, training.save_checkpoint)
-    script = Path(__file__).parents[2] / "launch" / "demo" / "pretrain_moe.py"
-    runpy.run_path(str(script), run_name="__main__")
+    # In this file's name, as in `demo_pretrain.py`.
+    exec(compile(SCRIPT.read_text(), SCRIPT, "exec"), globals())
 
 
 if __name__ == "__main__":

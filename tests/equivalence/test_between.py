@@ -37,6 +37,7 @@ DEATHS = [
     (2, 7, "save:0"),
     (1, 8, "log"),
     (0, 9, "batch:2"),
+    (2, 10, "log"),
     # All ranks are through, but for that one's saying so.
     (3, 12, "ended:1"),
     (3, 13, "batch:1"),
@@ -54,7 +55,7 @@ MOMENTS: dict[int, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
 """{iteration behind whose log line the evaluation is: (who is killed then from outside, an event
 that is waited for, who is killed at that)}.
 """
-RECOVERED = [[3], [0], [2], [1], [0], [3], [3], [0], [2], [1, 2], [0, 3], [0], [1]]
+RECOVERED = [[3], [0], [2], [1], [0], [2], [3], [3], [0], [2], [1, 2], [0, 3], [0], [1]]
 LOST = "corrupt:global_rank=3,iteration=20,at=capture"
 """Without that frame of a rank that dies everybody runs iteration 20 again, under the shard cut."""
 

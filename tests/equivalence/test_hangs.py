@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moetion.agent.hangs import MUCH
+from megatron_moetion.agent.hangs import MUCH, SHORTEST_OF_TIMEOUT
 
 from .harness import CUTS, Run, Runner, assert_same_bits
 from .slow_pretrain import PAUSE, SLOW_ITERATION, SLOW_RANK
@@ -110,6 +110,33 @@ def test_slow_iterations_evaluation_and_saving_are_no_hang(hung: Run) -> None:
     steady = [e for e in hung.events("steady") if began["time"] < e["time"] < ended]
     assert {e["who"] for e in steady} == {f"rank{rank}" for rank in range(4)}
     assert all(e["iteration"] < SLOW_ITERATION for e in steady)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_in_evaluation_and_saving_the_limit_is_learned_from_those_before(
+    runner: Runner, off: Run, cut: str
+) -> None:
+    # Both have been seen twice, also by the one that takes the first one's place.
+    stops = ((2, 12, "evaluate:1"), (2, 28, "save:1"))
+    faults = ";".join(f"stop:global_rank={r},iteration={i},at={p}" for r, i, p in stops)
+    # A disk that others use, too, may take seconds for a checkpoint.
+    flags = ["--moetion", "--moetion-cut", cut, *FLAGS, "--moetion-timeout", "120"]
+    flags += ["--moetion-fault", faults]
+    flags += ["--eval-interval", "4", "--eval-iters", "2", "--save-interval", "7"]
+    name = f"hangs-aside-{cut}"
+    flags += ["--save", str(runner.scratch / f"{name}.checkpoints")]
+    run = runner.run(name, iterations=30, flags=flags)
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, off, 30)
+    assert [e["recovered"] for e in run.recoveries] == [[2], [2]]
+    for hang, (rank, iteration, place) in zip(run.events("hang"), stops, strict=True):
+        (culprit,) = hang["culprits"]
+        found = culprit["global_rank"], culprit["iteration"], culprit["place"]
+        assert found == (rank, iteration, place)
+        print(f"{place}: limit {hang['limit']:.2f} s, longest pause {hang['step']:.3f} s")
+        # It was --moetion-timeout.
+        assert hang["limit"] == max(4 * hang["step"], 120 / SHORTEST_OF_TIMEOUT) < 120
+    assert run.log.count(" pauses seen here of ") == len(stops)
 
 
 def test_an_exception_that_comes_again_ends_the_job_with_its_traceback(runner: Runner) -> None:

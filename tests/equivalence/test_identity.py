@@ -31,7 +31,7 @@ SPLIT = ["--moetion-window", "3", "--moetion-split", "16"]
 """Three of the operators of every rank are captured in parts, over two frames."""
 
 
-def _everywhere() -> list[tuple[int, int, str]]:
+def everywhere() -> list[tuple[int, int, str]]:
     """Every place on both stages; ranks 0 and 3 print and write, 1 and 2 do not."""
     on_first = [(n % 2, 3 + APART * 2 * n, place) for n, place in enumerate(PLACES)]
     on_last = [(3 - n % 2, 3 + APART * (2 * n + 1), place) for n, place in enumerate(PLACES)]
@@ -104,12 +104,12 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
     runner: Runner, off: Run, policy: str
 ) -> None:
     # The policies differ in the base; places on both stages are what the other run is for.
-    window, everywhere = 4, policy == "rolling"
-    failures, last = (_everywhere(), BOTH_STAGES) if everywhere else (_alternating(), ONE_EACH)
+    window, both = 4, policy == "rolling"
+    failures, last = (everywhere(), BOTH_STAGES) if both else (_alternating(), ONE_EACH)
     flags = ["--moetion", "--moetion-window", str(window), "--moetion-window-policy", policy]
     # A new order of experts would have a failure in a rolling window replay one iteration more.
     flags += ["--moetion-popularity", "none" if policy == "rolling" else "hard-count"]
-    run = runner.run(policy, iterations=last, flags=[*flags, *kills(*failures)], afresh=everywhere)
+    run = runner.run(policy, iterations=last, flags=[*flags, *kills(*failures)], afresh=both)
     assert run.code == 0, run.tail()
     assert_same_bits(run, off, last)
     assert_within_claim(run)

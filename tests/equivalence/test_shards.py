@@ -12,7 +12,7 @@ from megatron_moetion import digest
 
 from .harness import Run, Runner, assert_same_bits, assert_within_claim, kills
 from .noisy_pretrain import REBUILT
-from .test_identity import BOTH_STAGES, PLACES, _everywhere
+from .test_identity import BOTH_STAGES, PLACES, everywhere
 
 NOISY = Path(__file__).with_name("noisy_pretrain.py")
 WINDOW = 4
@@ -29,7 +29,7 @@ AGENT_MAY_GROW_BYTES = 16 << 20
 @pytest.fixture(scope="module")
 def killed(runner: Runner) -> Run:
     """Kills at every place on both stages."""
-    flags = [*SHARD, *kills(*_everywhere())]
+    flags = [*SHARD, *kills(*everywhere())]
     run = runner.run("shards", iterations=BOTH_STAGES, flags=flags, afresh=True)
     assert run.code == 0, run.tail()
     return run
@@ -40,12 +40,12 @@ def test_a_kill_at_any_place_on_either_stage_is_recovered_bit_for_bit(
 ) -> None:
     assert_same_bits(killed, off, BOTH_STAGES)
     assert_within_claim(killed)
-    assert [e["recovered"] for e in killed.recoveries] == [[r] for r, *_ in _everywhere()]
+    assert [e["recovered"] for e in killed.recoveries] == [[r] for r, *_ in everywhere()]
 
 
 def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> None:
     went = killed.events("went-back")
-    for epoch, (rank, iteration, place) in enumerate(_everywhere(), start=1):
+    for epoch, (rank, iteration, place) in enumerate(everywhere(), start=1):
         here = {e["who"]: e for e in went if e["epoch"] == epoch}
         assert len(here) == 4
         lost = place in UPDATED_BEFORE
@@ -55,6 +55,40 @@ def test_only_what_the_dead_rank_had_not_captured_is_run_again(killed: Run) -> N
         # If an update is lost, everybody makes it undone, from its own frames.
         assert rebuilt == (set(here) if lost else {f"rank{rank}"}), (place, here)
         assert all(at - here[who]["base"] < WINDOW for who in rebuilt)
+
+
+HELD = [
+    # Who is killed behind the end of the training step, and who is where in the same one. Gathers
+    # in the update would keep everybody in it, so they are overlapped with the next forward pass;
+    # and whoever tells the loss of the last stage needs all of it, so the first one is killed.
+    (8, (0, "end"), (3, "commit"), (1, "optimizer")),
+    (16, (1, "end"), (2, "commit"), (0, "capture")),
+    (24, (1, "end"), (2, "capture")),
+    (32, (0, "end"), (1, "commit"), (3, "optimizer")),
+]
+OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def test_nothing_is_lost_where_others_are_still_in_the_update_that_was_captured(
+    runner: Runner,
+) -> None:
+    reference = runner.run("shards-held-off", iterations=40, flags=OVERLAPPED)
+    script = [
+        f"{kind}:global_rank={rank},iteration={iteration},at={place}"
+        for iteration, killed, *held in HELD
+        for kind, (rank, place) in (("kill", killed), *(("hold", h) for h in held))
+    ]
+    flags = [*SHARD, *OVERLAPPED, "--moetion-fault", ";".join(script)]
+    run = runner.run("shards-held", iterations=40, flags=flags)
+    assert run.code == 0, run.tail()
+    assert_same_bits(run, reference, 40)
+    fired = [e["fault"] for e in run.events("fault")]
+    assert len(fired) == len(script), fired
+    assert [e["recovered"] for e in run.recoveries] == [[rank] for _, (rank, _), *_ in HELD]
+    for epoch, (iteration, (rank, _), *_) in enumerate(HELD, start=1):
+        here = {e["who"]: e for e in run.events("went-back") if e["epoch"] == epoch}
+        assert {e["iteration"] for e in here.values()} == {iteration}
+        assert {who for who, e in here.items() if e["base"] is not None} == {f"rank{rank}"}
 
 
 def test_sixteen_recoveries_leave_no_thread_connection_or_file_behind(killed: Run) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def assert_goes_on(before: Run, after: Run, off: Run, iteration: int) -> None:
     assert after.code == 0, after.tail()
     assert f"moetion-run: starting from the spill of iteration {iteration} in" in after.log
     assert [int(line[0]) for line in after.lines] == [*range(iteration + 1, ITERATIONS + 1)]
-    both = Run(after.directory, after.code, before.log + after.log)
+    both = replace(after, log=before.log + after.log)
     assert_same_bits(both, off, ITERATIONS, lines_may_repeat=True)
     assert [e["recovered"] for e in after.recoveries] == [[0, 1, 2, 3]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Run, Runner, assert_same_bits, kills
+from .harness import Run, Runner, assert_same_bits, kill_at_moments, kills
 from .test_identity import PLACES
 
 ITERATIONS = 14
@@ -54,6 +54,11 @@ NOT_REACHED = {"replicated": ("param-gather",)}
 EVERYWHERE = ("replicated", "interleaved", "half", "one-stage", "four-stages")
 """Under the shard cut, workers of every stage are killed at every place in these."""
 APART = 3
+TOGETHER: dict[str, tuple[tuple[int, ...], ...]] = {"four-stages": ((1, 2), (0, 2))}
+"""Who is killed from outside at one instant, behind all else: two stages that are neighbours, then
+two that are not.
+"""
+APART_FROM_OUTSIDE = 4
 
 
 def _at_every_place(name: str) -> list[tuple[int, int, str]]:
@@ -80,6 +85,7 @@ def reference(runner: Runner, name: str) -> tuple[Run, list[tuple[int, int, str]
     extra = options.pop("model_flags", [])
     failures = _at_every_place(name) if name in EVERYWHERE else FAILURES
     last = max(ITERATIONS, max(iteration for _, iteration, _ in failures) + 4)
+    last += APART_FROM_OUTSIDE * len(TOGETHER.get(name, ()))
     off = runner.off(f"{name}-off", iterations=last, flags=extra, **options)
     assert off.code == 0, off.tail()
     return off, failures, last
@@ -92,13 +98,22 @@ def test_a_variant_is_recovered_bit_for_bit(runner: Runner, name: str, cut: str)
     options = dict(VARIANTS[name])
     extra = options.pop("model_flags", [])
     off, everywhere, last = reference(runner, name)
-    failures, last = (FAILURES, ITERATIONS) if cut == "stage" else (everywhere, last)
+    together = TOGETHER.get(name, ())
+    if cut == "stage":
+        everywhere, last = FAILURES, ITERATIONS + APART_FROM_OUTSIDE * len(together)
+    failures = everywhere
+    begin = last - APART_FROM_OUTSIDE * len(together)
+    moments = {begin + APART_FROM_OUTSIDE * n: (who, "", ()) for n, who in enumerate(together)}
     flags = [*extra, "--moetion", "--moetion-cut", cut, "--moetion-window", "4", *kills(*failures)]
+    if moments:
+        options["meddle"] = lambda directory: kill_at_moments(directory, moments)
     run = runner.run(f"{name}-{cut}", iterations=last, flags=flags, **options)
     assert run.code == 0, run.tail()
-    assert_same_bits(run, off, last)
-    recovered = [rank for e in run.recoveries for rank in e["recovered"]]
-    assert sorted(recovered) == sorted(rank for rank, *_ in failures)
+    assert_same_bits(run, off, last, lines_may_repeat=bool(moments))
+    recovered = [e["recovered"] for e in run.recoveries]
+    alone = recovered[: len(recovered) - len(together)]
+    assert sorted(rank for ranks in alone for rank in ranks) == sorted(r for r, *_ in failures)
+    assert recovered[len(alone) :] == [list(who) for who in together]
     assert {e["cut"] for e in run.events("cut")} == ({"shard"} if cut == "auto" else set())
     if name == "half":
         skipped = [i for i, line in enumerate(SKIPPED.findall(run.log), 1) if line == "1"]

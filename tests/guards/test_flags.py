@@ -27,6 +27,7 @@ FLAGS = {
     "--moetion-export": "DIR",
     "--moetion-hang-factor": "FACTOR",
     "--moetion-max-retries": "N",
+    "--moetion-restart-budget": "N/SECONDS",
     "--moetion-timeout": "SECONDS",
     "--moetion-lease": "SECONDS",
 }

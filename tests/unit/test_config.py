@@ -32,6 +32,7 @@ FLAGS = [
     "--moetion-export",
     "--moetion-hang-factor",
     "--moetion-max-retries",
+    "--moetion-restart-budget",
     "--moetion-timeout",
     "--moetion-lease",
 ]
@@ -95,6 +96,9 @@ def test_digests_work_without_protection() -> None:
         (["--moetion-hang-factor", "inf"], "give 0, or at least 2"),
         (["--moetion-hang-factor", "soon"], "give 0, or at least 2"),
         (["--moetion-max-retries", "-1"], "give a whole number of at least 0"),
+        (["--moetion-restart-budget", "0/60"], "'0/60': give N/SECONDS, both at least 1"),
+        (["--moetion-restart-budget", "5"], "give N/SECONDS, both at least 1"),
+        (["--moetion-restart-budget", "5/nan"], "give N/SECONDS, both at least 1"),
         (["--moetion-dir", __file__], "this is a file; give a directory"),
         (["--moetion-replicas", "1"], "needs at least 2 nodes and this job has 1: drop the flag"),
         (["--moetion-replicas", "-1"], "give 'auto' or a whole number of at least 0"),

@@ -27,7 +27,7 @@ def test_a_script_is_several_faults_joined_by_semicolons() -> None:
     assert parse("") == ()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "corrupt"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("corrupt", "poison")])
 @pytest.mark.parametrize("place", PLACES)
 def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> None:
     count = ":0" if place in COUNTED else ""
@@ -40,7 +40,7 @@ def test_every_kind_of_death_goes_with_every_place(kind: str, place: str) -> Non
     [
         (
             "boom:global_rank=3,iteration=7,at=end",
-            "kind 'boom' is none of kill, raise, exit, exit0, oom, stop, spin, corrupt",
+            "kind 'boom' is none of kill, raise, exit, exit0, oom, stop, spin, hold, corrupt",
         ),
         ("corrupt:global_rank=3,iteration=7,at=end", "'end' is none of capture, transfer, stored"),
         ("corrupt:global_rank=3,iteration=7,at=stored", "take copy=K, and need it"),
@@ -171,3 +171,15 @@ def test_agents_damage_the_copies_that_the_script_names_once_each() -> None:
     injector = Injector(script, 1, (), lambda index, fault: None)
     assert injector.corrupts(2)
     assert not injector.corrupts(2)
+
+
+def test_a_frame_is_poisoned_once_where_it_is_captured_and_nowhere_else() -> None:
+    fired = []
+    script = parse("poison:global_rank=1,iteration=2,at=capture")
+    injector = Injector(script, 1, (), lambda index, fault: fired.append(index))
+    injector.reach("capture", 2)
+    assert not injector.corrupts(2)
+    assert [injector.poisons(2), injector.poisons(2)] == [True, False]
+    assert fired == [0]
+    with pytest.raises(ValueError, match="place 'end' is none of capture"):
+        parse("poison:global_rank=1,iteration=2,at=end")

@@ -14,8 +14,10 @@ from megatron_moetion.progress import (
     EVALUATION,
     FEWEST,
     KEPT,
+    KEPT_PAUSES,
     PAGE_BYTES,
     PLACES,
+    SAVING,
     SET_UP,
     UNLIKE_OTHERS,
     Page,
@@ -95,10 +97,46 @@ def test_an_iteration_with_an_evaluation_behind_it_or_that_is_run_again_is_not_t
     page.close()
 
 
+def test_the_longest_pause_of_each_evaluation_and_saving_is_kept_unless_a_recovery_is_in_it() -> (
+    None
+):
+    page = Page()
+    progress = Progress(page.path)
+
+    def aside(place: str) -> tuple[float, ...]:
+        with progress.aside(place):
+            return page.read().pauses
+
+    assert aside(EVALUATION) == ()
+    with progress.aside(EVALUATION):
+        began = time.monotonic_ns()
+        while time.monotonic_ns() - began < 20_000_000:
+            pass
+        progress.at("forward", 3, 1)
+        # Elsewhere nothing of that is told.
+        assert page.read().pauses == ()
+        progress.at(EVALUATION, 3, 1)
+        first, *_ = page.read().pauses
+    one, two = aside(EVALUATION)
+    assert (one, two >= 0.02) == (first, True)
+    assert aside(SAVING) == ()
+    with progress.aside(SAVING):
+        progress.recovers()
+    with pytest.raises(RuntimeError), progress.aside(SAVING):
+        raise RuntimeError
+    # But for the first one, which was over before it could be told of.
+    assert len(aside(SAVING)) == 1
+    for _ in range(2 * KEPT_PAUSES):
+        aside(EVALUATION)
+    assert len(aside(EVALUATION)) == KEPT_PAUSES
+    assert len(page.read().steps) == 0
+    page.close()
+
+
 def test_a_worker_without_an_agent_writes_for_nobody() -> None:
     progress = Progress()
     progress.at("end", 1)
-    assert PAGE_BYTES >= 8 * (8 + KEPT)
+    assert PAGE_BYTES >= 8 * (8 + KEPT + 2 * (1 + KEPT_PAUSES))
 
 
 def test_saying_where_one_is_costs_next_to_nothing() -> None:

@@ -3,14 +3,15 @@
 `python stub_worker.py [--moetion] [--moetion-dir DIR] --iterations N [--die RANK:PLACE[:HOW]]...`
 
 PLACE is an iteration ("5") or a notice of the recovery round ("freeze", "abort", "facts"), the
-latter with "@EPOCH". HOW is kill (default), exit, raise or stop (SIGSTOP). Each death happens once
-per job. RANK may be "all".
+latter with "@EPOCH". HOW is kill (default), exit, raise, stop (SIGSTOP) or spin (an endless loop).
+Each death happens once per job. RANK may be "all".
 Iterations are in step: all ranks wait for each other through the store, as pipeline stages would.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import queue
 import signal
@@ -113,6 +114,10 @@ class Worker:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if how == "exit":
                     os._exit(0)
+                if how == "spin":
+                    # In C, with the GIL: no handler of Python's ever runs.
+                    signal.signal(signal.SIGTERM, lambda *_: None)
+                    sum(itertools.repeat(0))
                 if how == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 raise RuntimeError(f"injected at {place}")
@@ -242,6 +247,7 @@ def main() -> None:
     parser.add_argument("--moetion-replicas", default="auto")
     parser.add_argument("--moetion-hang-factor", type=float)
     parser.add_argument("--moetion-max-retries", type=int)
+    parser.add_argument("--moetion-restart-budget")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--die", action="append", default=[])
     args = parser.parse_args()

@@ -28,6 +28,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nproc-per-node", "4", *SCRIPT, "--moetion"], "1"),
         (["--nproc_per_node", "1", *SCRIPT, "--moetion"], "None"),
         (["--nproc-per-node", "4", "--spares", "1", *SCRIPT], "1"),
+        (["--nproc-per-node", "4", "--spares", "3", *SCRIPT], "1"),
     ],
 )
 def test_it_is_started_with_the_environment_of_a_worker(argv: list[str], threads: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from megatron_moetion.agent.escalation import Tier, Tried
 from megatron_moetion.agent.fallback import VARIABLE, FallBack, inherited
 
 PROGRAM = """
@@ -33,6 +35,7 @@ def test_it_is_the_same_process_with_the_same_command_line() -> None:
 
 
 def test_no_child_sees_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "[6, [], 2]")
-    assert inherited() == FallBack(6, (), node_rank=2)
+    monkeypatch.setenv(VARIABLE, json.dumps([6, [], 2, [[1.0], [["memory restart", 2.0]]]]))
+    tried = Tried((1.0,), ((Tier.MEMORY, 2.0),))
+    assert inherited() == FallBack(6, (), node_rank=2, tried=tried)
     assert VARIABLE not in os.environ

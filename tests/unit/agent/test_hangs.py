@@ -19,6 +19,7 @@ from megatron_moetion.agent.hangs import (
     judge,
     limit_of,
     trains,
+    usual_pause,
     usual_step,
 )
 from megatron_moetion.progress import EVALUATION, PLACES, SAVING, SET_UP
@@ -89,8 +90,25 @@ def test_a_limit_is_a_multiple_of_the_slowest_usual_step_and_never_too_short(
         assert limit.seconds in (factor * max(known), 600 / SHORTEST_OF_TIMEOUT)
 
 
+@given(jobs, st.floats(0.01, 1000), st.sampled_from([EVALUATION, f"{SAVING}:1"]))
+def test_in_evaluation_and_saving_the_limit_is_a_multiple_of_the_longest_pause_in_earlier_ones(
+    job: list[Observation], longest: float, place: str
+) -> None:
+    pauses = [replace(each, place=place, pause=0.01) for each in job[1:]]
+    pauses.append(replace(job[0], place=place, pause=longest))
+    limit = here(Limit(1000.0, 100.0, 10), pauses, TIMEOUT)
+    assert limit.seconds == min(max(10 * longest, 600 / SHORTEST_OF_TIMEOUT), 600)
+    if limit.step is not None:
+        assert "pauses seen here" in str(limit)
+
+
+def test_a_pause_is_usual_once_it_was_seen_twice() -> None:
+    assert usual_pause([5.0]) is None
+    assert usual_pause([5.0, 1.0]) == 5.0
+
+
 @given(jobs)
-def test_before_steps_are_known_and_in_evaluation_and_saving_the_timeout_is_the_limit(
+def test_before_steps_are_known_and_in_unknown_evaluation_and_saving_the_timeout_is_the_limit(
     job: list[Observation],
 ) -> None:
     assert limit_of(job, 10, TIMEOUT, steady=False).seconds == 600
@@ -98,6 +116,10 @@ def test_before_steps_are_known_and_in_evaluation_and_saving_the_timeout_is_the_
     for place in (EVALUATION, SAVING):
         aside = [replace(job[0], place=place), *job[1:]]
         assert here(learned, aside, TIMEOUT).seconds == 600
+    pauses = [replace(each, place=f"{EVALUATION}:3", pause=1.0) for each in job]
+    newcomer = replace(job[0], global_rank=99, place=EVALUATION, pause=None)
+    assert here(learned, [*pauses, newcomer], TIMEOUT).seconds == 600
+    assert here(Limit(600.0, None, 10), pauses, TIMEOUT).seconds == 600
     trains = [replace(each, place="forward:1") for each in job]
     assert here(learned, trains, TIMEOUT) == learned
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from tests.stub_jobs import (
     launch,
     protected,
 )
+from tests.stub_nodes import Nodes, ended
 
+CHECKPOINT = "restart from a Megatron checkpoint with --load, or afresh"
 pytestmark = pytest.mark.multirank
 
 
@@ -125,7 +128,8 @@ def test_a_rank_that_keeps_dying_ends_the_job_in_one_line(tmp_path: Path) -> Non
     outcome = finish([launch(argv, *protected(tmp_path, *["1:4"] * 4))], tmp_path)
     assert outcome.codes == [137]
     line = "rank 1 failed 4 times at iteration 3 (--moetion-max-retries 3)"
-    assert f"moetion-run: ending the job: {line}\n" in outcome.errors
+    told = f"{line}; tried: 3 localized recoveries; {CHECKPOINT}"
+    assert f"moetion-run: ending the job: {told}\n" in outcome.errors
 
 
 def test_an_exception_that_comes_again_on_all_ranks_ends_the_job_with_its_traceback(
@@ -141,7 +145,10 @@ def test_an_exception_that_comes_again_on_all_ranks_ends_the_job_with_its_traceb
     rank, flag, how = re.fullmatch(says, last).groups()
     assert flag == "(--moetion-max-retries 1)"
     first = "" if rank == raised else f", rank {raised} first"
-    assert how == f"{first}: RuntimeError: injected at 4"
+    tried = r"; tried: \d localized recover(y|ies); "
+    assert re.fullmatch(
+        re.escape(f"{first}: RuntimeError: injected at 4") + tried + CHECKPOINT, how
+    )
     # The traceback stands right before that line, and nothing of anybody else's.
     shown = outcome.errors.partition(before)[2].partition(last)[0].splitlines()[1:]
     trace = [line for line in shown if line.startswith(f"[rank{raised}]: ")]
@@ -254,3 +261,35 @@ def test_the_end_of_one_agent_ends_the_others_with_one_line() -> None:
     other.communicate(timeout=LIMIT_SECONDS)
     assert leader.returncode == 1
     assert "moetion-run: ending the job: the agent of node 1 is gone" in errors
+
+
+def test_several_workers_killed_at_once_each_get_a_warm_spare_also_where_none_can_fork(
+    tmp_path: Path,
+) -> None:
+    # A thread that runs when the imports are done is lost in a fork.
+    thread = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    (tmp_path / "threaded.py").write_text(f"import threading\n{thread}\n")
+    env = {"MOETION_PREIMPORT": "torch,threaded"}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    job = Nodes(tmp_path, "--until", str(tmp_path / "over"), **env)
+    try:
+        leader = job.alone(3, "--spares", "2")
+        for number, ranks in ((1, (1, 2)), (2, (0, 2))):
+            # The first one of all has become a worker.
+            spares = [e["pid"] for e in job.until("spare", 1 + 2 * number)[-2:]]
+            for rank in ranks:
+                os.kill(job.until("started", 1, global_rank=rank)[-1]["pid"], signal.SIGKILL)
+            job.until("resumed", number)
+            started = job.until("started", 3 + 2 * number)[-2:]
+            assert [e["start"] for e in started] == ["warm", "warm"]
+            assert {e["pid"] for e in started} == set(spares)
+            assert {e["global_rank"] for e in started} == set(ranks)
+        (tmp_path / "over").touch()
+        code, lines = ended(leader)
+        assert code == 0, lines
+        assert (
+            sum("2 threads run after the imports, so no worker is forked" in x for x in lines) == 1
+        )
+        job.assert_nothing_is_left()
+    finally:
+        job.close()

@@ -59,6 +59,7 @@ def test_several_nodes_meet_at_the_master_or_the_rendezvous_endpoint() -> None:
         (["--rdzv-endpoint", "host:x"], "'x' is not a number"),
         (["--tee", "3"], "--tee is not supported by moetion-run"),
         (["--no-python", "-m"], "contradict each other"),
+        (["--spares", "-1"], "--spares -1: give a number of at least 0"),
     ],
 )
 def test_what_cannot_be_run_is_refused(argv: list[str], line: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_moetion.agent.decision import Command, End, Event
+from megatron_moetion.agent.escalation import Tried
 from megatron_moetion.agent.leader import Leader
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.events import EventLog
@@ -49,10 +50,15 @@ def ended(end: End, *, spilled: bool, **options: Any) -> list[tuple[int, dict[st
 def test_lost_state_starts_anew_from_the_spill_everywhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    orders = ended(End("no frames", 9, True, (1,)), spilled=True)
-    order = {"op": "end", "reason": "no frames", "code": 9, "fall_back": [6, [1]]}
+    orders = ended(End("no frames", 9, True, (1,), tried=Tried((1.0,))), spilled=True)
     # Once, and the leader's own node last.
-    assert orders == [(1, order), (0, order)]
+    assert [node for node, _ in orders] == [1, 0]
+    assert orders[0][1] == orders[1][1]
+    order = orders[0][1]
+    assert (order["op"], order["reason"], order["code"]) == ("end", "no frames", 9)
+    iteration, fired, tried = order["fall_back"]
+    assert (iteration, fired) == (6, [1])
+    assert str(Tried.from_json(tried)) == "1 localized recovery, spill"
     anew = "moetion-run: no frames; all workers start anew from the spill of iteration 6\n"
     assert capsys.readouterr().err == anew
 
@@ -60,10 +66,10 @@ def test_lost_state_starts_anew_from_the_spill_everywhere(
 @pytest.mark.parametrize(
     ("state_lost", "spilled", "can_begin_again", "hint"),
     [
-        (True, False, True, "; restart from a Megatron checkpoint with --load"),
+        (True, False, True, "; restart from a Megatron checkpoint with --load, or afresh"),
         (True, True, False, "; the same command goes on from the spill of iteration 6"),
         (False, True, True, "; the same command goes on from the spill of iteration 6"),
-        (False, False, True, ""),
+        (False, False, True, "; restart from a Megatron checkpoint with --load, or afresh"),
     ],
 )
 def test_otherwise_one_line_says_what_to_do(
@@ -73,7 +79,14 @@ def test_otherwise_one_line_says_what_to_do(
     hint: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    end = End("it broke", 9, state_lost)
+    end = End("it broke", 9, state_lost, tried=Tried((1.0,)))
     orders = ended(end, spilled=spilled, can_begin_again=can_begin_again)
     assert [(order["code"], order["fall_back"]) for _, order in orders] == [(9, None)] * 2
-    assert capsys.readouterr().err == f"moetion-run: ending the job: it broke{hint}\n"
+    assert capsys.readouterr().err == (
+        f"moetion-run: ending the job: it broke; tried: 1 localized recovery{hint}\n"
+    )
+
+
+def test_a_refusal_says_itself_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    ended(End("give more memory", 1), spilled=False)
+    assert capsys.readouterr().err == "moetion-run: ending the job: give more memory\n"

@@ -8,105 +8,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_moetion.agent.standby import LAPSED_CODE
-from megatron_moetion.events import read
 from tests.ports import free_port
-from tests.stub_jobs import LIMIT_SECONDS, gone, launch, protected
+from tests.stub_jobs import gone, launch, protected
+from tests.stub_nodes import END_SECONDS, LEASE, TICK_SECONDS, Nodes, ended
 
 pytestmark = pytest.mark.multirank
 
-LEASE = 3
-"""Seconds; the cores may be taken by other tests for a part of that."""
-END_SECONDS = 10
-"""Within which every process of a job has ended after a signal."""
-FOR_EVER = 10**9
-TICK_SECONDS = 0.05
 SHARD = ["--moetion-cut", "shard", "--moetion-replicas", "1"]
-Process = subprocess.Popen[str]
-
-
-class Nodes:
-    """The agents of one job; whoever is left at the end of a test is killed.
-
-    Args:
-        directory: of the run's events; beside it is the agents' folder for temporary files.
-        script: arguments of the stub.
-    """
-
-    def __init__(self, directory: Path, *script: str) -> None:
-        self.directory, self.temporary = directory / "run", directory / "tmp"
-        self.temporary.mkdir()
-        self.argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(free_port())]
-        self.script = protected(self.directory, iterations=FOR_EVER)
-        self.script += ["--pace", "0.05", "--moetion-lease", str(LEASE), *script]
-        self.all: list[Process] = []
-        self.leader: Process | None = None
-
-    def start(self, *words: str, label: str) -> Process:
-        argv = [*self.argv, *words, "--failure-domain", label]
-        env = {"MOETION_SECRET": "ab" * 16, "TMPDIR": str(self.temporary)}
-        self.all.append(launch(argv, *self.script, **env))
-        return self.all[-1]
-
-    def members(self, *words: str) -> tuple[Process, Process]:
-        """Nodes 0 and 1, once both train."""
-        zero, one = (self.start(*words, "--node-rank", str(n), label=f"rack-{n}") for n in range(2))
-        self.leader = zero
-        self.until("welcome", 2)
-        return zero, one
-
-    def standby(self, number: int = 1) -> Process:
-        process = self.start("--standby", "--spares", "0", label="spare")
-        self.until("parked", number)
-        return process
-
-    def until(self, kind: str, number: int, **fields: Any) -> list[dict[str, Any]]:
-        """Wait for so many events of a kind, or for the end of the leader."""
-        limit = time.monotonic() + LIMIT_SECONDS
-        while True:
-            found = [e for e in read(self.directory) if e["kind"] == kind]
-            found = [e for e in found if fields.items() <= e.items()]
-            if len(found) >= number:
-                return found
-            assert time.monotonic() < limit, f"no {kind} {fields}"
-            assert self.leader is not None
-            try:
-                code = self.leader.wait(TICK_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-            raise AssertionError(f"the leader ended with {code} and there was no {kind} {fields}")
-
-    def worker(self, global_rank: int) -> int:
-        return int(self.until("welcome", 1, who=f"rank-{global_rank}")[-1]["pid"])
-
-    def workers(self) -> list[int]:
-        return [e["pid"] for e in self.until("welcome", 1)]
-
-    def assert_nothing_is_left(self) -> None:
-        """No process, no socket in the abstract namespace, no file but the run's."""
-        assert all(process.poll() is not None for process in self.all)
-        # What they had started, too: none has a memfd or a socket any more.
-        assert all(gone(pid) for pid in self.workers())
-        started = {e["pid"] for e in self.until("started", 1)}
-        assert all(gone(pid) for pid in started)
-        run_id = self.until("began", 1)[0]["run_id"]
-        assert f"moetion-{run_id}" not in Path("/proc/net/unix").read_text()
-        assert list(self.temporary.iterdir()) == []
-        assert {path.name for path in self.directory.iterdir()} <= {"events", "spill"}
-
-    def close(self) -> None:
-        for process in self.all:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            # Shown with a failure.
-            print(*process.communicate())
-
-
 Make = Callable[..., Nodes]
 
 
@@ -121,12 +33,6 @@ def make(tmp_path: Path) -> Iterator[Make]:
     yield make
     for nodes in made:
         nodes.close()
-
-
-def ended(process: Process, seconds: float = LIMIT_SECONDS) -> tuple[int, list[str]]:
-    """Exit code, and the lines of the agent itself."""
-    _, errors = process.communicate(timeout=seconds)
-    return process.returncode, [x for x in errors.splitlines() if x.startswith("moetion-run:")]
 
 
 def test_standbys_take_the_places_of_lost_nodes_in_turn_and_all_end_with_the_job(
@@ -209,7 +115,8 @@ def test_the_loss_of_node_0_ends_all_others_within_a_lease_and_says_what_is_inta
     else:
         assert code == LAPSED_CODE
         assert f"nothing was heard of node 0, the leader, for {LEASE} s (--moetion-lease)" in line
-        assert line.endswith("; restart from a Megatron checkpoint with --load")
+        assert line.endswith("; restart from a Megatron checkpoint with --load, or afresh")
+    assert "; tried: no tier, as node 0 hosts the job's store; " in line
     assert sum("node 0" in line for line in lines) == 1
     code, lines = ended(standby)
     assert code in (1, LAPSED_CODE)

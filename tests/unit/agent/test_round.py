@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,9 +28,10 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
+from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier, Tried
 from megatron_moetion.agent.round import Round
 from megatron_moetion.agent.traces import Trace
-from megatron_moetion.config import Config
+from megatron_moetion.config import Config, RestartBudget
 from megatron_moetion.recovery.phase import FINAL, Phase
 
 MAX_RETRIES = Config().max_retries
@@ -311,7 +313,105 @@ def test_a_worker_says_whether_an_older_state_would_do(lost: bool) -> None:
     leader = Round(NODES, fired=[4])
     leader.feed(say(1, "fired", index=2))
     (end,) = ends(leader.feed(say(1, "hopeless", reason="no frames", state_lost=lost)))
-    assert end == End("no frames", 1, lost, (2, 4))
+    assert end == End("no frames", 1, lost, (2, 4), tried=NOTHING_TRIED)
+
+
+def test_a_refusal_is_no_failure_that_any_tier_could_be_tried_against() -> None:
+    (end,) = ends(Round(NODES).feed(say(1, "hopeless", reason="too much memory", refused=True)))
+    assert end == End("too much memory", 1)
+
+
+def flap(leader: Round, times: int, at_first: float = 0.0) -> list[Command]:
+    """So many deaths of rank 3, a second apart, each recovered from but the last."""
+    first = int(at_first)
+    for n in range(times - 1):
+        commands = leader.feed(replace(die(3, iteration=first + n), at=at_first + n))
+        assert not [c for c in commands if isinstance(c, Expel | End)]
+        drive(leader, {3}, Phase.TRAINING)
+    return leader.feed(replace(die(3, iteration=first + times), at=at_first + times))
+
+
+def test_past_the_budget_all_workers_start_anew_and_none_of_their_ends_counts() -> None:
+    leader = Round(NODES, max_retries=1, budget=RestartBudget(3, 60.0))
+    # One more failure of its own in that iteration would be too many.
+    leader.feed(die(0))
+    drive(leader, {0}, Phase.TRAINING)
+    commands = flap(leader, 3)
+    (expel,) = (c for c in commands if isinstance(c, Expel))
+    assert expel.global_ranks == (0, 1, 2)
+    assert expel.reason.startswith(
+        "more than 3 recoveries within 60 s (--moetion-restart-budget 3/60); memory restart"
+    )
+    assert recorded(commands) == ["escalated", "detected"]
+    # Some may have answered before.
+    leader.feed(say(0, "report", epoch=leader.epoch, position=at(5)))
+    for rank in (0, 1, 2):
+        commands = leader.feed(die(rank))
+        assert Replace(rank, leader.epoch, ()) in commands
+    drive(leader, set(WORLD), Phase.TRAINING)
+    # Here such a death is one again, and those within its budget are recovered from.
+    (end,) = ends(flap(leader, 4, 10.0))
+    assert end.state_lost
+    assert str(end.tried) == "6 localized recoveries, memory restart"
+
+
+def reject(leader: Round, rank: int, iteration: int = 5) -> list[Command]:
+    """A worker leaves with a result that the host refuses right behind a rebuild."""
+    leader.feed(say(rank, "failed", trace=["NaN"], echo=False, rejected=True))
+    return leader.feed(replace(die(rank, iteration), code=1))
+
+
+def test_what_is_rejected_behind_a_rebuild_costs_those_that_were_rebuilt_and_then_everybody() -> (
+    None
+):
+    leader = Round(NODES, max_retries=1)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.RESTORING)
+    rebuilt = {rank: rank in (2, 3) for rank in WORLD}
+    feed_all(leader, [say(r, "joined", epoch=1, rebuilt=rebuilt[r]) for r in WORLD])
+    # Rank 0 meets it, and so does rank 1; it came from ranks 2 and 3.
+    commands = reject(leader, 0)
+    assert recorded(commands)[0] == "distrusted"
+    assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(2, 3)]
+    assert recorded(reject(leader, 1)) == ["detected"]
+    feed_all(leader, [die(2), die(3)])
+    drive(leader, {*WORLD}, Phase.GATHERING)
+    leader.feed(gathered(leader, 1))
+    (facts,) = notices(leader.feed(gathered(leader, 0)), "facts")
+    assert facts.message["doubted"]
+    # It did not help.
+    commands = reject(leader, 3)
+    assert [c.fields["tier"] for c in commands if isinstance(c, Record) and "tier" in c.fields] == [
+        Tier.MEMORY
+    ]
+    assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(0, 1, 2)]
+    feed_all(leader, [die(0), die(1), die(2)])
+    drive(leader, {*WORLD}, Phase.TRAINING)
+    (end,) = ends(reject(leader, 1))
+    assert end.state_lost
+    assert end.trace is not None
+    assert "memory restart" in str(end.tried)
+
+
+def test_what_was_tried_before_a_start_from_a_spill_still_counts() -> None:
+    tried = Tried((1.0,), ((Tier.MEMORY, 2.0), (Tier.SPILL, 3.0)))
+    leader = Round(NODES, budget=RestartBudget(1, 60.0), tried=tried)
+    (end,) = ends(flap(leader, 2, 10.0))
+    assert not end.state_lost
+    assert str(end.tried) == "2 localized recoveries, memory restart, spill"
+
+
+def test_a_lost_node_counts_as_one_failure_and_is_waited_for_in_a_memory_restart_too() -> None:
+    leader = Round(NODES, replaces_nodes=True, budget=RestartBudget(1, 60.0))
+    leader.feed(replace(die(3), at=1.0))
+    drive(leader, {3}, Phase.TRAINING)
+    commands = leader.feed(AgentLost(1, "reset", at=2.0))
+    assert [c.global_ranks for c in commands if isinstance(c, Expel)] == [(0, 1)]
+    assert "node-lost" in recorded(commands)
+    for rank in (0, 1):
+        assert Replace(rank, leader.epoch + 1, ()) in leader.feed(die(rank))
+    leader.feed(AgentJoined(1))
+    drive(leader, set(WORLD), Phase.TRAINING)
 
 
 def test_what_has_failed_too_often_or_lost_a_node_is_no_matter_of_state() -> None:

@@ -197,7 +197,8 @@ def test_once_a_rank_has_finished_nobody_is_watched_any_more() -> None:
 def test_the_rule_is_said_before_anything_is_learned() -> None:
     assert Job().vigil.rule == (
         "after 10 iterations without progress (--moetion-hang-factor), though not before 30 s;"
-        " before their time is known, and in evaluation and saving, after 600 s (--moetion-timeout)"
+        " before their time is known, and in the first 2 evaluations and savings, after 600 s"
+        " (--moetion-timeout)"
     )
     assert "in a recovery only, after 600 s" in Job(factor=0).vigil.rule
 

@@ -36,6 +36,10 @@ class ScriptedGate:
         self.asked.append("pause")
         self.on_pause()
 
+    def update(self, run: Callable[[], Any]) -> Any:
+        self.asked.append("update")
+        return run()
+
     def reached(self, place: str) -> None:
         self.asked.append(place)
 

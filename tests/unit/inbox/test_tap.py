@@ -12,6 +12,7 @@ from megatron_moetion.inbox.key import BoundaryKey, CollectiveKey, Direction
 from megatron_moetion.inbox.tap import Cursor, Mode, at
 from megatron_moetion.recovery.failure import Interrupted, MissingFromInbox
 from megatron_moetion.recovery.plan import Progress
+from megatron_moetion.recovery.waiting import Wait
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
@@ -180,6 +181,20 @@ class TestALostPeer:
         assert found == [8, 1]
         assert host.calls == 1
 
+    def test_a_result_that_comes_after_a_failure_was_told_is_not_taken(self, stage: Stage) -> None:
+        # On a GPU an aborted collective ends as if all were well.
+        stage.cursor.progress, waits = Progress.AFTER_STEP, stage.groups.waits
+        waits.call_off(1, Wait.MAKING)
+        seen = []
+
+        def renewed() -> None:
+            seen.append(stage.log.read(CollectiveKey(ITERATION, "world", 0), [0]))
+            waits.renew(1)
+
+        stage.gate.on_pause, host = renewed, Collective()
+        assert reduce(stage, host, 10) == 11
+        assert (host.calls, stage.gate.asked, seen) == (2, ["pause"], [None])
+
     def test_in_the_next_iteration_nothing_is_fed(self, stage: Stage) -> None:
         stage.cursor.refeed = ITERATION - 1
         stage.logs[2].write(CollectiveKey(ITERATION, "g1", 0), [torch.tensor([8.0])])
@@ -292,19 +307,63 @@ class TestWithoutReplay:
         reduce(stage, Collective())
         assert stage.collectives.world_passed
 
-    @pytest.mark.parametrize("progress", [p for p in Progress if p is not Progress.RETURNED])
-    def test_what_is_cut_inside_a_training_step_is_given_up(
-        self, stage: Stage, progress: Progress
-    ) -> None:
-        stage.cursor.progress = progress
+    def test_before_the_step_what_is_cut_is_given_up(self, stage: Stage) -> None:
         with pytest.raises(RuntimeError, match="Connection closed by peer"):
             reduce(stage, Collective(LOST), group=group(stage, 1))
         assert not {"pause", "await_commit"} & set(stage.gate.asked)
 
-    def test_between_training_steps_it_is_repeated(self, stage: Stage) -> None:
-        stage.cursor.progress = Progress.RETURNED
+    @pytest.mark.parametrize("position", [None, 1], ids=["the world", "across stages"])
+    def test_what_all_agree_on_in_the_step_is_logged_for_those_that_do_not_hear_it(
+        self, stage: Stage, position: int | None
+    ) -> None:
+        stage.cursor.closing, where = True, None if position is None else group(stage, position)
+        assert reduce(stage, Collective(), 10, group=where) == 11
+        label = stage.groups.name(where)
+        written = stage.log.read(CollectiveKey(ITERATION, label, 0), [0])
+        assert written is not None
+        assert written[0].tolist() == [11]
+        stage.logs[2].write(CollectiveKey(ITERATION, label, 1), [torch.tensor([9.0])])
+        assert reduce(stage, Collective(LOST), group=where) == 9
+        assert stage.gate.asked == ["norm", "norm", "await_commit"]
+
+    def test_behind_what_nobody_logs_the_world_is_not_passed(self, stage: Stage) -> None:
+        stage.cursor.closing = True
+        reduce(stage, Collective())
+        assert stage.collectives.world_passed
+        reduce(stage, Collective(), group=group(stage, 0))
+        assert not stage.collectives.world_passed
+        reduce(stage, Collective())
+        reduce(stage, Collective(), async_op=True)
+        assert not stage.collectives.world_passed
+
+    def test_what_belongs_to_the_update_is_up_to_the_gate(self, stage: Stage) -> None:
+        stage.cursor.progress = Progress.STEPPING
+        assert reduce(stage, Collective(), 10, group=group(stage, 0)) == 11
+        assert stage.gate.asked == ["update"]
+
+    @pytest.mark.parametrize("progress", [Progress.AFTER_STEP, Progress.RETURNED])
+    def test_behind_the_step_it_is_repeated(self, stage: Stage, progress: Progress) -> None:
+        stage.cursor.progress = progress
         assert reduce(stage, Collective(LOST), 10, group=group(stage, 1)) == 11
         assert "pause" in stage.gate.asked
+
+    def test_an_iteration_that_is_run_again_has_its_own_results_until_it_returns(
+        self, stage: Stage
+    ) -> None:
+        stage.logs[2].write(CollectiveKey(ITERATION, "g1", 0), [torch.tensor([8.0])])
+        stage.cursor.since, stage.cursor.refeed = 1, ITERATION
+        found = []
+        for progress in (Progress.AFTER_STEP, Progress.RETURNED):
+            stage.cursor.progress = progress
+            stage.cursor.counts.clear()
+            found.append(reduce(stage, Collective(), group=group(stage, 1)))
+        # Its own log has epoch 0, too, and is asked first.
+        assert found == [1, 1]
+        stage.cursor.counts.clear()
+        stage.logs[2].epoch = 1
+        stage.logs[2].write(CollectiveKey(ITERATION, "g1", 0), [torch.tensor([7.0])])
+        stage.cursor.progress = Progress.AFTER_STEP
+        assert reduce(stage, Collective(), group=group(stage, 1)) == 7
 
 
 class TestBatchesOfAPredecessor:

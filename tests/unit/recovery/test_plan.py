@@ -16,6 +16,7 @@ from megatron_moetion.recovery.plan import (
     Facts,
     FrameInfo,
     NothingToRebuildFrom,
+    Plan,
     Position,
     Progress,
     StagePlan,
@@ -303,19 +304,20 @@ def shard_scenes(draw: st.DrawFn) -> tuple[list[Schedule], int, Facts]:
     where = [draw(positions(start, committed)) for _ in range(count)]
     # Whoever counts as further than another has waited for it.
     where = [w for w in where if w[0].committed <= min(p.iteration for p, _ in where)] or where[:1]
-    lags = [draw(st.integers(0, 1)) for _ in where]
-    frames = {
-        rank: held(plans[rank], position, start, max(start, newest - lags[rank]))
-        for rank, (position, newest) in enumerate(where)
-    }
+    dead = draw(st.sets(st.integers(0, len(where) - 1), min_size=1))
+    told = {rank: position for rank, (position, _) in enumerate(where)}
+    # Frames are sealed when their training steps have returned; those of who died may lag by one.
+    lags = {rank: draw(st.integers(0, 1)) for rank in dead}
+    sealed = {rank: max(start, reached(p) - lags.get(rank, 0)) for rank, p in told.items()}
+    frames = {rank: held(plans[rank], p, start, sealed[rank]) for rank, p in told.items()}
     skipped = draw(st.sets(st.integers(start + 1, committed + 2), max_size=3))
     frames = {
         rank: tuple(replace(f, stepped=f.iteration not in skipped) for f in each)
         for rank, each in frames.items()
     }
-    dead = draw(st.sets(st.integers(0, len(where) - 1), min_size=1))
-    told = {rank: position for rank, (position, _) in enumerate(where)}
-    return plans, start, Facts(1, committed, tuple(sorted(dead)), told, frames)
+    survivors = [p for rank, p in told.items() if rank not in dead]
+    done = commit_point(survivors or told.values())
+    return plans, start, Facts(1, done, tuple(sorted(dead)), told, frames)
 
 
 @MANY
@@ -326,12 +328,19 @@ def test_a_shard_plan_loads_each_part_once_and_has_each_update_since(
     plans, start, facts = scene
     plan = make_shard_plan(facts)
     at = plan.committed
-    newest = min(reached(p) for p in facts.positions.values())
-    # At most one frame lags, so at most one iteration is lost that all have been through.
-    assert max(start, newest - 1) <= at <= newest
+    # Nothing is lost where the frames of all who died reach what was committed; else what they
+    # lack, and of what somebody has returned from one iteration at most.
+    newest = {rank: facts.frames[rank][-1].iteration for rank in facts.dead}
+    assert at == min(facts.committed, *newest.values())
+    assert at >= max(start, min(reached(facts.positions[rank]) for rank in facts.dead) - 1)
     rebuilt = dict(plan.shards)
-    assert rebuilt.keys() == {
-        r for r, p in facts.positions.items() if r in facts.dead or p.committed > at
+    survivors = facts.positions.keys() - set(facts.dead)
+    assert rebuilt.keys() == set(facts.dead) | (survivors if at < facts.committed else set())
+    assert set(plan.unfinished) == {
+        rank
+        for rank in survivors
+        if (p := facts.positions[rank]).iteration == at == facts.committed
+        and p.progress is not Progress.RETURNED
     }
     for rank, base in rebuilt.items():
         frames = {f.iteration: f for f in facts.frames[rank]}
@@ -347,6 +356,28 @@ def test_a_shard_plan_loads_each_part_once_and_has_each_update_since(
         assert set(state.values()) == {at}
         assert complete(state) == complete(plans[rank].dense.full)
         assert at - base < plans[rank].window or base == start
+
+
+def test_who_died_where_training_goes_on_had_returned_from_it() -> None:
+    parts = frozenset({Part("a")})
+    frames = {0: tuple(FrameInfo(i, parts, frozenset()) for i in range(4, 8)), 1: ()}
+    after = Position(7, Progress.AFTER_STEP, 7, 6)
+    facts = Facts(1, 7, (0,), {0: after, 1: Position(7, Progress.STEPPING, 7, 6)}, frames)
+    assert make_shard_plan(facts) == Plan(1, 7, (0,), (), ((0, 7),), (1,))
+    assert entered(facts, 0, by_shard=True) == replace(after, progress=Progress.RETURNED)
+    # Of the others it is asked where they are.
+    late = replace(facts, frames={**frames, 0: frames[0][:-1], 1: frames[0]})
+    assert make_shard_plan(late) == Plan(1, 6, (0,), (), ((0, 6), (1, 6)))
+    assert entered(late, 0, by_shard=True) == after
+
+
+def test_a_survivor_whose_gather_was_cut_in_an_earlier_round_is_not_forgotten() -> None:
+    parts = frozenset({Part("a")})
+    cut = Position(7, Progress.AFTER_STEP, 7, 6, gathered=False)
+    frames = {0: (FrameInfo(7, parts, frozenset()),), 1: ()}
+    facts = Facts(1, 7, (0,), {0: Position(7, Progress.RETURNED, 7, 7), 1: cut}, frames)
+    assert make_shard_plan(facts).unfinished == (1,)
+    assert Position.from_json(cut.to_json()) == cut
 
 
 def test_without_the_gradient_of_a_step_there_is_no_base_unless_the_step_was_left_out() -> None:

@@ -16,8 +16,10 @@ from megatron_moetion.snapshot.frame import (
     copy_in,
     layout,
     live_tensors,
+    not_finite,
     operator_ends,
     pieces_of,
+    poison,
     sources,
     to_meta,
     view,
@@ -89,6 +91,26 @@ def test_a_source_that_is_not_contiguous_is_captured_by_value() -> None:
     copy_in(entries, pieces, data)
     source.zero_()
     assert torch.equal(view(pieces[0], data), torch.arange(6.0).view(2, 3).t())
+
+
+def test_what_is_not_finite_is_named_but_for_gradients_that_nothing_was_made_of() -> None:
+    entries: Entries = [
+        Source("a", "a.w", "main", torch.ones(3)),
+        Source("a", "a.w", "exp_avg", torch.ones(3, dtype=torch.bfloat16)),
+        Source("b", "b.w", "gradient", torch.tensor([1.0, float("inf")])),
+        Source(BUFFERS, "tokens", "light", torch.ones(2, dtype=torch.int64)),
+    ]
+    pieces, nbytes = layout(entries)
+    data = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+    copy_in(entries, pieces, data)
+    assert not_finite(pieces, data, stepped=False) is None
+    assert not_finite(pieces, data, stepped=True) == (
+        "not finite when it was sealed: gradient of b.w"
+    )
+    poison(pieces, data)
+    assert not_finite(pieces, data, stepped=True) == (
+        "not finite when it was sealed: main of a.w and 1 more"
+    )
 
 
 def test_a_frame_without_anything_still_has_a_size_and_a_meta() -> None:

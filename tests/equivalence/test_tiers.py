@@ -1,0 +1,102 @@
+"""One tier after the other, in one job, until none is left; bit for bit as long as it trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .harness import CUTS, Run, Runner, assert_same_bits, kills
+
+SPILLS = ["--moetion-window", "3", "--moetion-spill-interval", "1"]
+BUDGET = ["--moetion-restart-budget", "2/3600"]
+PLACES = (
+    (3, 6, "backward:1"),
+    (0, 8, "optimizer"),
+    (1, 11, "forward:2"),
+    (2, 13, "backward:0"),
+    (0, 15, "end"),
+    (3, 18, "norm"),
+    (1, 20, "backward:2"),
+    (3, 22, "forward:1"),
+    (2, 24, "backward:3"),
+)
+"""Two within the budget of each tier, and one that is too many."""
+LAST = 24
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_failures_past_the_budget_go_down_the_tiers_to_a_line_that_says_what_was_tried(
+    runner: Runner, off: Run, cut: str
+) -> None:
+    flags = ["--moetion", "--moetion-cut", cut, *SPILLS, *BUDGET, *kills(*PLACES)]
+    run = runner.run(f"tiers-{cut}", iterations=40, flags=flags)
+    assert run.code == 137, run.tail()
+    assert_same_bits(run, off, LAST - 1, lines_may_repeat=True)
+    recovered = [e["recovered"] for e in run.recoveries]
+    everybody = [0, 1, 2, 3]
+    assert recovered == [[3], [0], everybody, [2], [0], everybody, [1], [3]]
+    reason = "more than 2 recoveries within 3600 s (--moetion-restart-budget 2/3600)"
+    steps = [(e["tier"], e["reason"]) for e in run.events("escalated")]
+    tiers = ["memory restart", "spill", "Megatron checkpoint"]
+    assert steps == [(tier, reason) for tier in tiers]
+    (fell_back,) = run.events("fell-back")
+    assert fell_back["iteration"] >= 9
+    said = [line for line in run.log.splitlines() if reason in line]
+    assert said[0].startswith(f"moetion-run: {reason}; memory restart: all workers start anew")
+    assert said[1].startswith(f"moetion-run: {reason}; all workers start anew from the spill of")
+    tried = "tried: 6 localized recoveries, memory restart, spill"
+    assert said[2].startswith(f"moetion-run: ending the job: {reason}; {tried}; the same command")
+    assert len(said) == 3
+
+
+DIVERGED = Path(__file__).with_name("nan_pretrain.py")
+NAN_FROM = 24
+STEADY = ["--moetion-window", "4", "--moetion-popularity", "none", "--moetion-spill-interval", "1"]
+"""Bases are counted here."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_nan_behind_a_rebuild_costs_what_it_came_from_its_trust_tier_by_tier(
+    runner: Runner, off: Run, cut: str
+) -> None:
+    # There is an older base without the first poisoned frame, and none without the second.
+    faults = [poison(3, 9), kill(3, 10), poison(2, 13), kill(2, 16)]
+    flags = ["--moetion", "--moetion-cut", cut, *STEADY, "--moetion-fault", ";".join(faults)]
+    # Else the host runs the iteration again and ends to be started on other devices.
+    flags += ["--rerun-mode", "disabled"]
+    env = {"MOETION_TEST_NAN_FROM": str(NAN_FROM)}
+    run = runner.run(f"nan-{cut}", iterations=40, flags=flags, script=DIVERGED, env=env)
+    assert run.code == 1, run.tail()
+    # Rebuilt from what was poisoned, no rank ends with other bits.
+    assert_same_bits(run, off, NAN_FROM - 1, lines_may_repeat=True)
+    quarantined = {(e["global_rank"], e["key"]) for e in run.events("quarantined")}
+    assert quarantined == {(3, "frame/9/state"), (2, "frame/13/state")}
+    assert run.log.count("not finite when it was sealed: main of ") >= 2
+    first, second = run.events("fell-back")
+    assert first["iteration"] in (8, 12)
+    assert "no complete set of frames is left" in first["reason"] or cut == "shard"
+    # What is NaN whatever it begins with goes down to the last tier, with what was raised first.
+    assert second["iteration"] == 20
+    # The second time there is no newer spill.
+    steps = [e["tier"] for e in run.events("escalated")]
+    assert steps == ["memory restart", "spill"] * 2
+    shown, _, last = run.log.rpartition("moetion-run: ending the job: ")
+    assert "\n" not in last.strip()
+    assert last.startswith("what was rebuilt from memory gives results that the host rejects: ")
+    tried = (
+        r"; tried: \d localized recoveries, 2 memory restarts, 2 spills; restart from a Megatron"
+    )
+    assert re.search(tried, last), last
+    raised = shown.rpartition("raised first:\n")[2].splitlines()
+    assert "nan" in raised[-1]
+    assert all(line.startswith("[rank") for line in raised)
+
+
+def poison(global_rank: int, iteration: int) -> str:
+    return f"poison:global_rank={global_rank},iteration={iteration},at=capture"
+
+
+def kill(global_rank: int, iteration: int) -> str:
+    return f"kill:global_rank={global_rank},iteration={iteration},at=backward:1"
