@@ -137,8 +137,9 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Run, int]:
     flags += ["--save", str(save), "--save-interval", str(SAVE_EVERY), "--save-retain-interval"]
     flags += [str(100 * SAVE_EVERY), "--exit-duration-in-mins", str(options.minutes)]
     say(f"calm: trains for {options.minutes} min in {directory}")
+    runs = runner(directory)
     with Burners(bursts(seed, os.cpu_count() or 1)) as burners:
-        run = runner(directory).run(
+        run = runs.run(
             "slow",
             iterations=FOREVER,
             flags=flags,
