@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_moetion import events
@@ -69,6 +70,7 @@ class Injector:
     not_survived: list[str] = field(default_factory=list)
     why_not: str = ""
     _heard: threading.Event = field(default_factory=threading.Event)
+    _ms: list[float] = field(default_factory=list)
     _over: bool = False
 
     def __call__(self, directory: Path) -> None:
@@ -109,15 +111,20 @@ class Injector:
         self._trained(directory, 5, after)
 
     def _trained(self, directory: Path, iterations: int, after: int) -> tuple[int, float]:
-        """Waits for log lines; the last one's iteration and how long that took, in ms."""
+        """Waits for log lines; the last one's iteration and how long one takes usually, in ms: the
+        first ones after a failure tell how long the recovery took, too.
+        """
         told = follow(directory / "log", after)
         for line in told:
             self._heard.set()
             found = ITERATION.search(line)
-            iterations -= found is not None
-            if found is not None and iterations <= 0:
+            if found is None:
+                continue
+            self._ms.append(float(found[2]))
+            iterations -= 1
+            if iterations <= 0:
                 told.close()
-                return int(found[1]), float(found[2])
+                return int(found[1]), median(self._ms)
         raise RunEnded("the job ended while it trained")
 
     def _one(self, directory: Path, failure: Failure, iteration: int, ms: float) -> Outcome:
