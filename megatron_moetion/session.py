@@ -116,7 +116,7 @@ class Session:
         self._next = 0
         self._newest = 0
         self._stepped = False
-        self._quiet = self._doubtful = 0
+        self._quiet = self._doubtful = self._paused = 0
         self._buffers: tuple[int, dict[str, torch.Tensor]] = (0, {})
         steering.ceiling = job.ceiling
         job.hooks.append(self._on_notice)
@@ -163,7 +163,8 @@ class Session:
         self.cursor.counts, self.cursor.closing = Counter(), False
         self.cursor.mode, self.cursor.since = Mode.LIVE, self.log.epoch
         self._drop_unsealed()
-        self.job.groups.forget_stale()
+        if not self._paused:
+            self.job.groups.forget_stale()
         if iteration == self._quiet:
             # While one is left alone, the groups of its time are kept.
             alone = self.job.groups.waits.num_alone()
@@ -580,7 +581,12 @@ class Session:
         if self._by_shard and self._next <= iteration:
             if inside:
                 raise Undone from error
-            self._run_up_to(iteration, lambda: self.host.run_step(iteration))
+            # Whoever is paused here, and has called that, still knows the groups of before.
+            self._paused += 1
+            try:
+                self._run_up_to(iteration, lambda: self.host.run_step(iteration))
+            finally:
+                self._paused -= 1
         self.cursor.counts = counts
         if self._by_shard or self._gives_up():
             self.host.load_live_state(saved)

@@ -74,8 +74,10 @@ class Burners(AbstractContextManager["Burners"]):
             if self._over.wait(burst.idle):
                 return
             self.begun += 1
+            # Linux shares cores out by sessions: what is foreign is in none of the job's.
             burning = [
-                subprocess.Popen([sys.executable, "-c", BURN]) for _ in range(burst.processes)
+                subprocess.Popen([sys.executable, "-c", BURN], start_new_session=True)
+                for _ in range(burst.processes)
             ]
             self._over.wait(burst.seconds)
             for each in burning:

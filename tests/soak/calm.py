@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moetion import events
-from tests.equivalence.harness import CUTS, ROOT, Run
+from tests.equivalence.harness import CUTS, ROOT, Run, follow
 
 from .burden import Burners, bursts
-from .inject import ITERATION
+from .inject import ITERATION, end
 from .scene import FOREVER, STEADY, runner, say
 
 SCRIPT = Path(__file__).with_name("late_pretrain.py")
@@ -35,6 +35,10 @@ EVALUATE_EVERY, SAVE_EVERY = 20, 30
 ALARMS = ("hang", "stuck", "deaf", "expelled", "unfit", "lapsed", "fell-back")
 LOSSES = ("detected", "node-lost")
 """Kinds of events, none of which a job may have in which nothing fails."""
+SAID = re.compile(
+    r"moetion-run: (node \d+ is l|global rank \d+ st|ranks .* recovered|no rank|a recov)"
+)
+"""Begins of lines that come with them: nothing that follows is worth waiting for."""
 EVALUATION, SAVE = re.compile(r"validation loss at iteration"), re.compile(r"successfully saved ch")
 
 
@@ -114,6 +118,15 @@ def main() -> int:
     return 0
 
 
+def end_at_an_alarm(directory: Path) -> None:
+    """Runs beside the job, as `meddle` of `Runner.run`."""
+    for line in follow(directory / "log"):
+        if SAID.match(line):
+            say(f"calm: {line.rstrip()}")
+            end(directory)
+            return
+
+
 def train(options: argparse.Namespace, seed: int) -> tuple[Run, int]:
     """The run, and how often there was foreign load."""
     directory: Path = options.directory / options.cut
@@ -124,8 +137,9 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Run, int]:
     flags += ["--save", str(save), "--save-interval", str(SAVE_EVERY), "--save-retain-interval"]
     flags += [str(100 * SAVE_EVERY), "--exit-duration-in-mins", str(options.minutes)]
     say(f"calm: trains for {options.minutes} min in {directory}")
+    runs = runner(directory)
     with Burners(bursts(seed, os.cpu_count() or 1)) as burners:
-        run = runner(directory).run(
+        run = runs.run(
             "slow",
             iterations=FOREVER,
             flags=flags,
@@ -133,6 +147,7 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Run, int]:
             env={"MOETION_TEST_DELAYS": str(seed)},
             model={"pp_size": 2, "dp_size": options.agents * options.workers // 2},
             workers_of_node=[options.workers] * options.agents,
+            meddle=end_at_an_alarm,
             afresh=True,
             limit_seconds=None,
         )

@@ -84,7 +84,7 @@ class Injector:
             self._over = True
             self._heard.set()
             watching.join()
-            _end(directory)
+            end(directory)
 
     def _watch(self, directory: Path) -> None:
         while self._heard.wait(self.stall_seconds):
@@ -92,7 +92,7 @@ class Injector:
                 return
             self._heard.clear()
         self.why_not = f"nothing was heard for {self.stall_seconds:g} s"
-        _end(directory)
+        end(directory)
 
     def _inject(self, directory: Path) -> None:
         begin, after = time.monotonic(), 0
@@ -198,7 +198,7 @@ def _agent(worker: int) -> int:
     return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _end(directory: Path) -> None:
+def end(directory: Path) -> None:
     """Has the leader end the job, if it has not ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(int((directory / "launcher-0.pid").read_text()), signal.SIGTERM)
