@@ -25,7 +25,7 @@ PHASES = {
 OUTSIDE = "from outside"
 PROPERTY = "recovered"
 """Under that name a report carries a row, in whatever process its test ran."""
-HARMLESS = tuple(f"Fault(kind='{kind}'" for kind in ("corrupt", "hold"))
+HARMLESS = tuple(f"Fault(kind='{kind}'" for kind in ("corrupt", "hold", "poison"))
 """How faults begin that no worker ends by."""
 FAULT = re.compile(r"kind='(\w+)', .*place='([\w-]+)', microbatch=(\w+)")
 
@@ -147,7 +147,8 @@ def _by(recovery: _Recovery) -> str:
     )
     if bases:
         return f"frame {' and '.join(map(str, bases))} and {len(replayed)} replayed iterations"
-    return f"updates of ranks {', '.join(rebuilt)}" if rebuilt else "what survivors hold"
+    many = "s" * (len(rebuilt) > 1)
+    return f"updates of rank{many} {', '.join(rebuilt)}" if rebuilt else "what survivors hold"
 
 
 def unfired(spec: str, told: Sequence[dict[str, Any]]) -> list[str]:

@@ -53,7 +53,7 @@ def test_a_row_says_who_failed_where_and_what_it_was_recovered_from() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["corrupt", "hold"])
+@pytest.mark.parametrize("kind", ["corrupt", "hold", "poison"])
 def test_a_fault_that_ends_nobody_is_not_why_its_rank_died_later(kind: str) -> None:
     harmless = ("rank3", "fault", {"fault": FAULT.replace("kill", kind)})
     (row,) = rows("run", "stage", 2, told(harmless, *ONE[1:2], ENDED))
