@@ -18,6 +18,8 @@ def lost_by_epoch(told: Iterable[dict[str, Any]]) -> dict[int, int]:
     by_kind: dict[str, list[dict[str, Any]]] = {"planned": []}
     for event in told:
         by_kind.setdefault(event["kind"], []).append(event)
+    # Where nobody lives, what is committed is known once the agents have said what they know.
+    by_kind["planned"] += by_kind.get("gathered", [])
     return lost_iterations(by_kind)
 
 

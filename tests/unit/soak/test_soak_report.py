@@ -20,7 +20,9 @@ def test_each_kind_has_a_line_with_what_it_cost() -> None:
         {"kind": "went-back", "epoch": 1, "iteration": 6},
         {"kind": "planned", "epoch": 3, "committed": 20},
         {"kind": "went-back", "epoch": 3, "iteration": 18},
-        {"kind": "planned", "epoch": 4, "committed": 30},
+        {"kind": "planned", "epoch": 4, "committed": 0},
+        {"kind": "gathered", "epoch": 4, "committed": 30},
+        {"kind": "went-back", "epoch": 4, "iteration": 30},
     ]
     lines = [line.split() for line in table(outcomes, ["two"], lost_by_epoch(told))]
     assert lines[1:] == [
