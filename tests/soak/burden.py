@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-BURN = "while True: pass"
+BURN = "import os; mine = os.getppid()\nwhile os.getppid() == mine: pass"
+"""As long as whoever started it lives, however that ends."""
 
 
 @dataclass(frozen=True)
