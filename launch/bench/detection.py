@@ -1,19 +1,24 @@
-"""How long a death is unknown: of a process, of a node, and of a node that only goes silent.
+"""How long a death is unknown: of a process, of a node, and of what only goes silent.
 
 Usage: python -m launch.bench.detection [--samples N] [--lease SECONDS]
 
 Real agents on this machine, with workers that only sleep; prints a table. A process is killed and
 its agent sees that; an agent is killed and the leader sees its connection end; an agent is stopped
-(SIGSTOP: its kernel still answers, so no connection ends) and the leader misses its beats. Times
-are from just before the signal to the event in the log of whoever notices, on one clock.
+(SIGSTOP: its kernel still answers, so no connection ends) and the leader misses its beats. Then the
+demo's model is trained, and one worker after the other is stopped, each once the limit for hangs is
+learned again. Times are from just before the signal to the event in the log of whoever notices, on
+one clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import secrets
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +26,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launch.bench.counted import DEMO
+from launch.demo.model_args import model_args
+from launch.demo.training_run import LOG_NAME, moetion_run
 from megatron_moetion import events
 from megatron_moetion.agent import launcher
 from tests.ports import free_port
 from tests.waiting import readable
 
 TICK_SECONDS = 0.01
+FOREVER = 20_000
+NUM_WORKERS, LEARNED = 4, 8
+"""Iterations after a recovery until the limit for hangs is learned for sure."""
+TIMEOUT_SECONDS = 60
+"""--moetion-timeout, of which the limit is a 20th at least."""
 WORKER = ["--no-python", "bash", "-c", "exec sleep 3600"]
 
 
@@ -122,6 +135,44 @@ def nodes(samples: int, directory: Path, lease: float) -> tuple[list[float], lis
     return by_node[:samples], by_node[samples:]
 
 
+def workers(samples: int, directory: Path) -> tuple[list[float], float]:
+    """Seconds until the leader knows of workers that are stopped in training, and the limit."""
+    directory.mkdir()
+    data = f"{directory}/data"
+    subprocess.run([sys.executable, str(DEMO / "corpus.py"), "--output", data], check=True)
+    words = [*model_args(train_iters=FOREVER, data_prefix=data), "--eval-iters", "0", "--moetion"]
+    words += ["--moetion-dir", str(directory), "--moetion-timeout", str(TIMEOUT_SECONDS)]
+    command = moetion_run(NUM_WORKERS, str(DEMO / "pretrain_moe.py"), *words)
+    env = {**os.environ, "MOETION_PLATFORM": "cpu"}
+    log, draw, since, stopped = directory / LOG_NAME, random.Random(1), 0, list[int]()
+    with (
+        log.open("w", buffering=1) as kept,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            kept.write(line)
+            since += "elapsed time per iteration" in line
+            if " recovered, training again" in line:
+                since = 0
+                if len(stopped) == samples:
+                    process.send_signal(signal.SIGTERM)
+            elif since == LEARNED and len(stopped) < samples:
+                since += 1
+                rank = draw.randrange(NUM_WORKERS)
+                started = [e for e in events.read(directory) if e["kind"] == "started"]
+                pid = {e["global_rank"]: e["pid"] for e in started}[rank]
+                stopped.append(timed(lambda pid=pid: os.kill(pid, signal.SIGSTOP)))
+    found = [event for event in events.read(directory) if event["kind"] == "hang"]
+    if len(found) != samples:
+        raise RuntimeError(f"{len(found)} hangs found of {len(stopped)}; all of it: {log}")
+    limits = {event["limit"] for event in found}
+    taken = [(e["monotonic_ns"] - at) / 1e9 for e, at in zip(found, stopped, strict=True)]
+    return taken, max(limits)
+
+
 def table(rows: Sequence[tuple[str, str, list[float]]]) -> str:
     """As Markdown."""
     lines = ["| what is lost | noticed by | times | median | worst |", "|---|---|---:|---:|---:|"]
@@ -141,11 +192,13 @@ def main() -> None:
         directory = Path(scratch)
         killed = processes(args.samples, directory)
         lost, silent = nodes(args.samples, directory / "nodes", args.lease)
+        stopped, limit = workers(args.samples, directory / "workers")
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.0f}")
     rows = [
         ("a worker process, killed", "waitpid", killed),
         ("a node, its agent killed", "the end of its connection", lost),
         ("a node, its agent stopped", f"its lease of {args.lease:g} s", silent),
+        ("a worker, stopped in training", f"the learned limit of {limit:g} s", stopped),
     ]
     print(table(rows))
 
