@@ -726,6 +726,8 @@ class Session:
         self.job.events.emit("regrouped", epoch=plan.epoch, swapped=swapped)
         self.job.injector.reach("restore", plan.committed)
         self.cursor.refeed = plan.committed
+        # What is captured in a replay is of the state that training goes on from.
+        self.log.epoch = plan.epoch
         if self._by_shard:
             # Training may go on before what some have been through.
             self.cursor.refeed = max(reached(p) for p in facts.positions.values())
@@ -807,7 +809,6 @@ class Session:
         rebuilt = rebuilt or self.job.global_rank in dict(plan.shards)
         self.job.send("joined", epoch=plan.epoch, rebuilt=rebuilt, **told)
         self.job.notices.wait("resume", plan.epoch)
-        self.log.epoch = plan.epoch
         self._undone_to = sys.maxsize
         with self._lock:
             self._handled, self._frozen, self._verdict = plan.epoch, 0, None

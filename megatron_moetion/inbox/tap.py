@@ -208,15 +208,14 @@ class CollectiveTap:
             result = self._updating(lambda: self._run(host, bound, crosses))
             self._seen(members)
             return result
-        ours = self._apart or (
-            len(members) > 1
-            and (
-                crosses
-                or (everybody and self._cursor.closing)
-                or (self._cursor.small_talk and self._cursor.mode is Mode.LIVE)
-            )
-        )
         asynchronous = bool(bound.arguments.get("async_op"))
+        talk = self._cursor.small_talk and self._cursor.mode is Mode.LIVE
+        ours = self._apart
+        if len(members) > 1:
+            ours = ours or crosses or talk or (everybody and self._cursor.closing)
+        elif members:
+            # Nobody is lost in a group of one, but its waits are called off as all others are.
+            ours = ours or (talk and not asynchronous)
         if self._cursor.closing and (not ours or asynchronous or name not in _OUTPUTS):
             # Whoever passed the world before it need not be past it, and nobody logs it.
             self.world_passed = False
