@@ -198,6 +198,10 @@ class Job:
         if self.link is not None:
             self.link.send({"op": op, **fields})
 
+    def hopeless(self, reason: str) -> None:
+        """Nothing is left here to rebuild from: the job ends, or starts anew from a spill."""
+        self.send("hopeless", reason=reason, state_lost=True)
+
     def claim_memory(self, claim: Claim, lag: int) -> None:
         """Returns once the claims of all ranks of this node are known to fit.
 

@@ -275,7 +275,7 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
     try:
         position = _entered(this)
     except NothingToRebuildFrom as error:
-        this.send("hopeless", reason=str(error), state_lost=True)
+        this.hopeless(str(error))
         raise
     state = _own_state(this, position.iteration)
     options = get_args()
@@ -323,11 +323,7 @@ def _own_state(this: Job, iteration: int) -> Any:
 
     entry = this.vault.fetch(this.global_rank, str(HeaderKey(iteration)))
     if entry is None:
-        this.send(
-            "hopeless",
-            reason=f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}",
-            state_lost=True,
-        )
+        this.hopeless(f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}")
         raise RuntimeError(f"{HeaderKey(iteration)} is gone")
     return bundle.unpack(dict(entry.meta), entry.data, "cpu")
 

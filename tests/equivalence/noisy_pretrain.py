@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_moetion import digest, session
+from megatron_moetion import digest
+from megatron_moetion.recovering import Recovering
 
 REBUILT = "rebuilt"
 
@@ -26,14 +27,14 @@ def noisy(forward: Any) -> Any:
     return shaken
 
 
-def joined(self: Any, plan: Any, replayed: int) -> None:
-    hashes = digest.state_hashes(self.host.operators, self.host.buffers())
-    folder = Path(self.job.config.dir) / REBUILT
-    digest.record(folder, self.job.global_rank, plan.committed, {}, hashes)
-    by_itself(self, plan, replayed)
+def joined(self: Any, plan: Any, **told: Any) -> None:
+    hashes = digest.state_hashes(self._host.operators, self._host.buffers())
+    folder = Path(self._job.config.dir) / REBUILT
+    digest.record(folder, self._job.global_rank, plan.committed, {}, hashes)
+    by_itself(self, plan, **told)
 
 
-by_itself, session.Session._joined = session.Session._joined, joined  # type: ignore[method-assign]
+by_itself, Recovering._joined = Recovering._joined, joined  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from megatron_moetion import interlude, session
+from megatron_moetion import capturing, interlude, replaying
 from megatron_moetion.inbox import tap
 from megatron_moetion.recovery import rebuild
 
 
 def skip_iteration() -> None:
     """The first replayed iteration is converted, but not run."""
-    replay = session.Session._replay
+    run_again = replaying.Replay._run_again
 
-    def skipping(self: Any, iteration: int) -> None:
-        if iteration > self._rebuild.plan.base + 1:
-            replay(self, iteration)
-        else:
-            self._rebuild.start(iteration)
-            self._rebuild.stepped(iteration)
+    def skipping(self: Any, iteration: int) -> Any:
+        if iteration > self._stage.base + 1:
+            return run_again(self, iteration)
+        self._rebuild.start(iteration)
+        self._rebuild.stepped(iteration)
+        return None
 
-    session.Session._replay = skipping  # type: ignore[method-assign]  # that is the point
+    replaying.Replay._run_again = skipping  # type: ignore[method-assign]  # that is the point
 
 
 def stale_frame() -> None:
@@ -75,13 +75,13 @@ def lost_buffer() -> None:
 
 def lost_frames() -> None:
     """Rank 2 captures the starting state and nothing after it."""
-    capture = session.Session.capture
+    capture = capturing.Capturing._capture
 
     def forgetful(self: Any, iteration: int, plan: Any) -> None:
-        if iteration == 0 or self.job.global_rank != 2:
+        if iteration == 0 or self._job.global_rank != 2:
             capture(self, iteration, plan)
 
-    session.Session.capture = forgetful  # type: ignore[method-assign]  # that is the point
+    capturing.Capturing._capture = forgetful  # type: ignore[method-assign]  # that is the point
 
 
 def no_check() -> None:
