@@ -287,17 +287,8 @@ class Session:
         self.job.events.emit("scheduled", first=now.first, **fields)
 
     def update(self, run: Callable[[], Any]) -> Any:
-        """See `inbox.tap.Gate`. The optimizer's own part needs nobody, and recovery gathers."""
-        try:
-            return run()
-        except Exception as error:
-            if not (self._by_shard and is_communication_error(error)):
-                raise
-            self._standing.gathered(False)
-            self._standing.failure(error)
-            # Nothing may be written to the parameters any more.
-            self.job.groups.waits.settle()
-            return None
+        """See `inbox.tap.Gate`."""
+        return self._standing.update(run)
 
     def claim_memory(self) -> None:
         """Has this node check that the frames and logs of its ranks fit in its memory.

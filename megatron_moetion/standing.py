@@ -14,9 +14,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from megatron_moetion.inbox.tap import Mode
 from megatron_moetion.job import Notice
-from megatron_moetion.recovery.failure import Interrupted, Superseded
+from megatron_moetion.recovery.failure import Interrupted, Superseded, is_communication_error
 from megatron_moetion.recovery.plan import Facts, Position, Progress
 from megatron_moetion.worker import Worker
 
@@ -150,6 +152,25 @@ class Standing:
                 return int(self._job.notices.wait("verdict", epoch)["committed"])
             except Superseded as again:
                 epoch = self._job.notices.failure(again, epoch)
+
+    def update(self, run: Callable[[], Any]) -> Any:
+        """See `inbox.tap.Gate`. Under the stage cut a rank that fails in its update is rebuilt with
+        its stage. Under the shard cut its optimizer's own part needs nobody, and what it gathers is
+        gathered in the recovery.
+        """
+        stepping = self._cursor.progress is Progress.STEPPING and self._cursor.mode is Mode.LIVE
+        if not (self._by_shard and stepping):
+            return run()
+        try:
+            return run()
+        except Exception as error:
+            if not is_communication_error(error):
+                raise
+            self.gathered(False)
+            self.failure(error)
+            # Nothing may be written to the parameters any more.
+            self._job.groups.waits.settle()
+            return None
 
     def failure(self, error: Exception) -> int:
         """Waits for the notice of the failure that explains a communication error; its epoch.

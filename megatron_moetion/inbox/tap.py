@@ -94,8 +94,8 @@ class Gate(Protocol):
         """Recovers in place; returns when the job goes on."""
 
     def update(self, run: Callable[[], Any]) -> Any:
-        """Runs what belongs to the update behind the commit point, or gives it up and returns None:
-        it is made up for after the recovery.
+        """Runs something. If it belongs to the update behind the commit point and a peer is lost,
+        gives it up and returns None: it is made up for after the recovery.
         """
 
     def reached(self, place: str) -> None:
@@ -205,7 +205,7 @@ class CollectiveTap:
         if not (self._cursor.replays or self._cursor.closing or self._cursor.small_talk):
             if (crosses or everybody) and not self._apart:
                 self._gate.reached("norm")
-            result = self._updating(lambda: self._run(host, bound, crosses))
+            result = self._gate.update(lambda: self._run(host, bound, crosses))
             self._seen(members)
             return result
         asynchronous = bool(bound.arguments.get("async_op"))
@@ -250,10 +250,6 @@ class CollectiveTap:
         result = self._live(key, host, bound, outputs, members)
         self._seen(members)
         return result
-
-    def _updating(self, run: Callable[[], Any]) -> Any:
-        stepping = self._cursor.progress is Progress.STEPPING and self._cursor.mode is Mode.LIVE
-        return self._gate.update(run) if stepping else run()
 
     def _seen(self, members: tuple[int, ...]) -> None:
         self.world_passed = self.world_passed or len(members) == self._topology.world_size

@@ -36,7 +36,6 @@ from megatron_moetion.recovery.failure import (
 from megatron_moetion.recovery.plan import (
     NothingToRebuildFrom,
     Position,
-    Progress,
     entered,
     has_result,
 )
@@ -203,9 +202,7 @@ def param_gather(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if SESSION is None:
         return host(*args, **kwargs)
     SESSION.reached("param-gather")
-    if SESSION.cursor.mode is Mode.LIVE and SESSION.position.progress is Progress.STEPPING:
-        return SESSION.update(lambda: host(*args, **kwargs))
-    return host(*args, **kwargs)
+    return SESSION.update(lambda: host(*args, **kwargs))
 
 
 def routing(host: Callable[..., Any], self: Any, logits: torch.Tensor, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ FORBIDDEN_CALLS = {
 BROAD_EXCEPTS = {
     # Each of them raises again whatever is no echo of a lost peer.
     ("megatron_moetion/session.py", "_run_up_to"): "an iteration may be given up",
-    ("megatron_moetion/session.py", "update"): "a gather may be cut",
+    ("megatron_moetion/standing.py", "update"): "a gather may be cut",
     ("megatron_moetion/recovering.py", "recover"): "recovery may be superseded",
     ("megatron_moetion/recovering.py", "join"): "recovery may be superseded",
     ("megatron_moetion/inbox/tap.py", "_live"): "a collective may be cut",

@@ -300,7 +300,7 @@ class TestWithoutReplay:
         stage.boundaries.sent(Direction.FORWARD, torch.ones(2))
         assert stage.log.read(CollectiveKey(ITERATION, "g1", 0), [0]) is None
         assert stage.log.read(BoundaryKey(ITERATION, Direction.FORWARD, 0), [0]) is None
-        assert stage.gate.asked == ["norm"]
+        assert stage.gate.asked == ["norm", "update"]
 
     def test_a_world_that_was_met_is_seen(self, stage: Stage) -> None:
         stage.collectives.world_passed = False
@@ -336,7 +336,7 @@ class TestWithoutReplay:
         reduce(stage, Collective(), async_op=True)
         assert not stage.collectives.world_passed
 
-    def test_what_belongs_to_the_update_is_up_to_the_gate(self, stage: Stage) -> None:
+    def test_what_may_belong_to_the_update_is_up_to_the_gate(self, stage: Stage) -> None:
         stage.cursor.progress = Progress.STEPPING
         assert reduce(stage, Collective(), 10, group=group(stage, 0)) == 11
         assert stage.gate.asked == ["update"]
