@@ -189,9 +189,13 @@ class Standing:
                 self._job.send("settled", epoch=freeze.epoch)
 
     def resumed(self, epoch: int) -> None:
-        """The job goes on in this epoch."""
+        """The job goes on in this epoch, unless a later failure has frozen it already: that is
+        known to the listener before training comes here.
+        """
         with self._lock:
-            self._epoch, self._freeze = epoch, None
+            self._epoch = epoch
+            if self._freeze is not None and self._freeze.epoch <= epoch:
+                self._freeze = None
 
     def on_notice(self, notice: Notice) -> None:
         """What the agent tells of a failure; runs in the listener's thread."""

@@ -142,6 +142,19 @@ def test_who_is_to_give_up_settles_at_once(rank: Rank) -> None:
     assert rank.leader.heard("settled") == [{"op": "settled", "epoch": 1}]
 
 
+def test_a_failure_that_is_told_while_a_recovery_ends_freezes_all_the_same(rank: Rank) -> None:
+    rank.hears("freeze", dead=[3])
+    rank.hears("verdict", committed=4)
+    rank.hears("resume")
+    rank.hears("freeze", epoch=2, dead=[3])
+    # The training thread comes here only now.
+    rank.standing.resumed(1)
+    rank.hears("verdict", epoch=2, committed=4)
+    with pytest.raises(Interrupted):
+        rank.standing.commit()
+    assert [told["epoch"] for told in rank.leader.heard("settled")] == [1, 2]
+
+
 def test_who_is_taken_for_dead_reports_nothing(rank: Rank) -> None:
     rank.hears("freeze", dead=[0, 3])
     assert rank.leader.heard("report") == []
