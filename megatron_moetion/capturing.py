@@ -30,7 +30,7 @@ class Capturing:
         reached: a fault may fire at this place.
 
     Attributes:
-        stepped: the optimizer makes its update in the iteration that is captured next.
+        stepped: the optimizer has made its update in the iteration that is captured next.
         complete_behind: frames up to this iteration are not all on this node.
     """
 
@@ -48,7 +48,6 @@ class Capturing:
 
     def begin(self, iteration: int) -> None:
         """An iteration begins, perhaps again: what it makes superfluous is given back."""
-        self.stepped = False
         self._drop_unsealed()
         timeline = self._steering.timeline
         self._vault.drop(timeline.oldest(iteration))

@@ -220,7 +220,7 @@ class Session:
         """Stands around the outermost optimizer's step."""
         if self.cursor.mode is Mode.OFF:
             return run()
-        self.collectives.world_passed = False
+        self.collectives.world_passed = self._capturing.stepped = False
         # The step overwrites what may still be on its way to the host.
         self._capturing.wait_on_device()
         iteration = self.cursor.iteration

@@ -79,7 +79,8 @@ class Standing:
 
     def learn(self, facts: Facts) -> None:
         """A replacement learns of the failure that it is there for, without any freeze."""
-        self._dead = facts.dead
+        with self._lock:
+            self._dead = facts.dead
 
     def move(self, position: Position) -> None:
         """Stands elsewhere, for the taps too; the leader is told."""
