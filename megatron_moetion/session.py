@@ -1,7 +1,8 @@
 """One worker's training session: the order of things in a training step.
 
 The session decides nothing about state or plans. Where this rank stands towards the leader is
-`standing`'s, its frames are `capturing`'s, and what happens when a peer is lost is `recovering`'s.
+`standing`'s, its frames are `capturing`'s, the order behind the last gradient is `updating`'s, and
+what happens when a peer is lost is `recovering`'s.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_moetion.recovery.plan import Position, Progress, has_result
 from megatron_moetion.standing import Standing
 from megatron_moetion.steering import Steering
 from megatron_moetion.topology import Topology
+from megatron_moetion.updating import Updating
 from megatron_moetion.worker import Worker
 
 
@@ -57,6 +59,14 @@ class Session:
         self._capturing = Capturing(worker, self.reached)
         self._recovering = Recovering(
             worker, self._standing, self._capturing, self.collectives, self.boundaries
+        )
+        self.updating = Updating(
+            worker,
+            self._standing,
+            self._capturing,
+            self._recovering,
+            self.collectives,
+            self.reached,
         )
         self._next = self._newest = self._paused = 0
         self._began: tuple[int, float] | None = None
@@ -215,76 +225,6 @@ class Session:
     def hopeless(self, reason: str) -> None:
         """See `interlude.Gate`."""
         self.job.hopeless(reason)
-
-    def optimizer_step(self, run: Callable[[], Any]) -> Any:
-        """Stands around the outermost optimizer's step."""
-        if self.cursor.mode is Mode.OFF:
-            return run()
-        self.collectives.world_passed = self._capturing.stepped = False
-        # The step overwrites what may still be on its way to the host.
-        self._capturing.wait_on_device()
-        iteration = self.cursor.iteration
-        self.cursor.closing = self._by_shard
-        try:
-            result = run()
-            if self.cursor.mode is Mode.LIVE and self.position.committed < iteration:
-                # There was nothing to update, or too large a gradient.
-                self.commit(updates=False)
-        finally:
-            self.cursor.closing = False
-        if self.cursor.mode is Mode.REPLAY:
-            self._recovering.replayed(iteration)
-            return result
-        if self._by_shard and iteration <= self.cursor.refeed:
-            # Whoever waits behind this iteration may have had its parameters gathered.
-            self.update(self.host.sync_params)
-        self._capturing.capture(iteration)
-        self._standing.move(replace(self.position, progress=Progress.AFTER_STEP))
-        return result
-
-    def commit(self, updates: bool = True) -> None:
-        """Right before the first parameter changes: every rank holds its final gradients (design
-        section 6).
-
-        Args:
-            updates: the optimizers make their update now; else it is left out in this iteration.
-        """
-        iteration = self.cursor.iteration
-        self._capturing.stepped = updates
-        if self.cursor.mode is Mode.REPLAY:
-            self.host.drop_frozen_gradients()
-            if iteration == self.position.iteration:
-                # What was decided before that, this rank knows.
-                self.steer()
-            return
-        if self.cursor.mode is Mode.OFF or self.position.committed == iteration:
-            return
-        self.steering.loaded(iteration, self.host.take_load())
-        self.steer()
-        self.collectives.pass_world(self.host.device)
-        self.reached("commit")
-        self._standing.commit()
-
-    def steer(self) -> None:
-        """At the end of a window, agrees on how to capture the next ones. Whatever is told inside a
-        stage comes before the collective of the world that all commit behind.
-        """
-        iteration, timeline = self.cursor.iteration, self.steering.timeline
-        if not timeline.at(iteration).closes_at(iteration):
-            return
-        self.collectives.world_passed = False
-        news = self.steering.decide(iteration, self.collectives)
-        if news is not None and self.job.global_rank == 0 and self.cursor.mode is Mode.LIVE:
-            print(f"moetion: from iteration {iteration + 1} on {news}", flush=True)
-        if timeline.newest.first > iteration:
-            self.tell_schedule()
-
-    def tell_schedule(self) -> None:
-        """For the timeline of events."""
-        now = self.steering.timeline.newest
-        slots = [[part.to_json() for part in parts] for parts in now.slots]
-        fields = {"window": now.window, "policy": now.policy, "split": now.split, "slots": slots}
-        self.job.events.emit("scheduled", first=now.first, **fields)
 
     def update(self, run: Callable[[], Any]) -> Any:
         """See `inbox.tap.Gate`."""

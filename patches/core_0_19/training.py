@@ -236,7 +236,7 @@ def optimizer_step(host: Callable[..., Any], self: Any) -> Any:
     """The step of the outermost optimizer."""
     if SESSION is None or self is not getattr(SESSION.host, "optimizer", None):
         return host(self)
-    return SESSION.optimizer_step(lambda: host(self))
+    return SESSION.updating.step(lambda: host(self))
 
 
 def step_with_ready_grads(host: Callable[..., Any], self: Any) -> Any:
@@ -244,7 +244,7 @@ def step_with_ready_grads(host: Callable[..., Any], self: Any) -> Any:
     if SESSION is None:
         return host(self)
     if self is getattr(SESSION.host, "optimizer", None):
-        SESSION.commit()
+        SESSION.updating.commit()
     chained = getattr(getattr(SESSION.host, "optimizer", None), "chained_optimizers", [self])
     if self is chained[-1]:
         SESSION.reached("optimizer")
@@ -420,7 +420,7 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
             SESSION.claim_memory()
         except MemoryDoesNotFit as error:
             refuse(str(error))
-    SESSION.tell_schedule()
+    SESSION.updating.tell_schedule()
     if state is not None and not this.claimed:
         # Whoever takes this worker's place must not begin with what was spilled.
         SESSION.log_start(iteration, state)

@@ -21,6 +21,7 @@ PIPE = (
     "capturing",
     "replaying",
     "recovering",
+    "updating",
     "session",
 )
 """The pipe of design section 3: a module imports only what stands before it."""
