@@ -43,6 +43,9 @@ class Undone(Exception):
 class Session:
     """Protects the training steps of one worker.
 
+    It is the gate that taps and interludes ask (`inbox.tap.Gate`, `interlude.Gate`): some of what
+    they ask for has iterations run again.
+
     Between its calls it knows which iteration is next (`_next`), which is the newest that was begun
     (`_newest`), and in how many paused calls this rank is (`_paused`).
     """
@@ -206,30 +209,6 @@ class Session:
         """The log line of an iteration has been written."""
         self._standing.logged(iteration)
 
-    def positions(self) -> Iterable[Position]:
-        """See `interlude.Gate`."""
-        return self.job.facts.positions.values() if self.job.facts is not None else ()
-
-    def ended(self, iteration: int, count: int) -> None:
-        """See `interlude.Gate`."""
-        self._standing.ended(iteration, count)
-
-    def told(self, iteration: int, count: int) -> None:
-        """See `interlude.Gate`."""
-        self._standing.told(iteration, count)
-
-    def aside(self, name: str) -> AbstractContextManager[None]:
-        """See `interlude.Gate`."""
-        return self.job.progress.aside(name if name in PLACES else BETWEEN)
-
-    def hopeless(self, reason: str) -> None:
-        """See `interlude.Gate`."""
-        self.job.hopeless(reason)
-
-    def update(self, run: Callable[[], Any]) -> Any:
-        """See `inbox.tap.Gate`."""
-        return self._standing.update(run)
-
     def claim_memory(self) -> None:
         """Has this node check that the frames and logs of its ranks fit in its memory.
 
@@ -266,6 +245,10 @@ class Session:
     def await_commit(self, error: Exception) -> None:
         """See `inbox.tap.Gate`."""
         self._standing.await_commit(error)
+
+    def update(self, run: Callable[[], Any]) -> Any:
+        """See `inbox.tap.Gate`."""
+        return self._standing.update(run)
 
     def pause(self, error: Exception) -> None:
         """See `inbox.tap.Gate`: a rank past its step waits inside its collective."""
@@ -345,3 +328,23 @@ class Session:
         self.cursor.counts = Counter(state["counts"])
         self._standing.move(self.position)
         return (tuple(state["result"]),)
+
+    def positions(self) -> Iterable[Position]:
+        """See `interlude.Gate`."""
+        return self.job.facts.positions.values() if self.job.facts is not None else ()
+
+    def ended(self, iteration: int, count: int) -> None:
+        """See `interlude.Gate`."""
+        self._standing.ended(iteration, count)
+
+    def told(self, iteration: int, count: int) -> None:
+        """See `interlude.Gate`."""
+        self._standing.told(iteration, count)
+
+    def aside(self, name: str) -> AbstractContextManager[None]:
+        """See `interlude.Gate`."""
+        return self.job.progress.aside(name if name in PLACES else BETWEEN)
+
+    def hopeless(self, reason: str) -> None:
+        """See `interlude.Gate`."""
+        self.job.hopeless(reason)
