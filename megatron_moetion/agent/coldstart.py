@@ -1,15 +1,17 @@
-"""The start of a job: which spill, if any, all nodes can go on from."""
+"""The start of a job: which spill, or checkpoint of the host, all nodes can go on from."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_moetion.agent.fallback import AFRESH, Source, Stored
 from megatron_moetion.agent.membership import KeyValues, Members, all_have_read
+from megatron_moetion.patch_location import load_patches
 from megatron_moetion.recovery.plan import Position, Progress
 from megatron_moetion.vault import spill
 from megatron_moetion.vault.spill import DamagedSpill, Record
@@ -23,6 +25,10 @@ Share = Callable[[str, Any], list[Any]]
 
 class SpillDoesNotFit(RuntimeError):
     """The newest spill is of another run; one line with what to do."""
+
+
+class CheckpointsDiffer(RuntimeError):
+    """The nodes see different checkpoints of the host; one line with what to do."""
 
 
 class NoSpillLeft(RuntimeError):
@@ -43,59 +49,95 @@ def share_over(store: KeyValues, members: Members) -> Share:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a job starts from.
+
+    Attributes:
+        source: a spill, the host's own checkpoint, or `AFRESH`.
+        record: of the spill, this node's.
+    """
+
+    source: Source = AFRESH
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
 class ColdStart:
-    """Finds and loads the newest spill that is valid on all nodes.
+    """Finds what all nodes can go on from, and loads it if it is a spill.
 
     Args:
-        root: folder of all spills on this node; nodes may share it or not.
+        root: folder of all spills on this node; nodes may share it or not. None without spills.
         members: all nodes.
         share: see `Share`.
         checkpoint: iteration of the host's own checkpoint that the job would load, if any.
-        expected: iteration of a spill that must be there, as the job begins again for it.
+        limit: the best that may be taken, where the job begins again; node 0's counts for all.
     """
 
-    root: Path
+    root: Path | None
     members: Members
     share: Share
     checkpoint: int | None
-    expected: int | None = None
+    limit: Source | None = None
 
-    def take(self, store: VaultStore) -> Record | None:
-        """Load it into the store and say in one line what the job starts from.
+    def take(self, store: VaultStore) -> Start:
+        """Load a spill into the store, if it is one, and say in one line what the job starts from.
 
         Raises:
             SpillDoesNotFit: it was made on other nodes or ranks.
-            NoSpillLeft: training would begin afresh though it had been spilled.
+            NoSpillLeft: training would begin afresh though it had come further.
+            CheckpointsDiffer: the host would not load the same on every node.
         """
         own = self.members.own.node_rank
-        said = self.share("spills", [spill.names(self.root, own), self.checkpoint])
-        names = set.intersection(*(set(names) for names, _ in said))
-        checkpoint = said[0][1]
-        for name in sorted(names, reverse=True):
-            iteration = spill.iteration_of(name)
-            if checkpoint is not None and checkpoint > iteration:
+        names = [] if self.root is None else spill.names(self.root, own)
+        limit = None if self.limit is None else astuple(self.limit)
+        said = self.share("spills", [names, self.checkpoint, limit])
+        held = set.intersection(*(set(names) for names, _, _ in said))
+        _, checkpoint, limit = said[0]
+        # An agent that has just come to a job that begins again knows of no limit.
+        may = (lambda _: True) if limit is None else Source(*limit).__ge__
+        loads = None if checkpoint is None else Source(checkpoint, False)
+        loads = loads if loads is not None and may(loads) else None
+        for name in sorted(held, reverse=True):
+            source = Source(spill.iteration_of(name), True)
+            if not may(source):
+                continue
+            if loads is not None and loads > source:
                 newer = f"the checkpoint of iteration {checkpoint} is newer"
-                self._say(f"not started from the spill of iteration {iteration}: {newer}")
-                return None
+                self._say(f"not started from the spill of iteration {source.iteration}: {newer}")
+                break
             record = self._load(name, store)
             if record is not None:
                 older = "" if checkpoint is None else f"; the checkpoint is of {checkpoint}"
-                self._say(f"starting from the spill of iteration {iteration} in {self.root}{older}")
-                return record
-        if checkpoint is not None:
-            self._say(f"no valid spill in {self.root}: --load of iteration {checkpoint}")
-        elif names or self.expected is not None:
+                self._say(f"starting from {source} in {self.root}{older}")
+                return Start(source, record)
+        _agree([seen for _, seen, _ in said])
+        return self._without_spill(loads, begun=bool(held) or limit is not None)
+
+    def _without_spill(self, loads: Source | None, begun: bool) -> Start:
+        """Leaves it to the host.
+
+        Args:
+            loads: what it would load.
+            begun: there were spills, or the job begins again.
+        """
+        none = "" if self.root is None else f"no valid spill in {self.root}: "
+        if loads is not None:
+            self._say(f"{none}--load of iteration {loads.iteration}")
+            return Start(loads)
+        if begun:
+            none = "" if self.root is None else f"no spill in {self.root} is sound, and "
             raise NoSpillLeft(
-                f"no spill in {self.root} is sound, and --load names no Megatron checkpoint: give"
-                " one, or start afresh with another --moetion-dir"
+                f"{none}--load names no Megatron checkpoint: give one, or start afresh with another"
+                " --moetion-dir"
             )
-        else:
-            self._say(f"no valid spill in {self.root}: a fresh start")
-        return None
+        if none:
+            self._say(f"{none}a fresh start")
+        return Start()
 
     def _load(self, name: str, store: VaultStore) -> Record | None:
         """One spill, if it is good on every node."""
         error, record, fits = "", None, True
+        assert self.root is not None
         try:
             record = spill.read_record(self.root, name, self.members.own.node_rank)
             fits = record.layout == self.members.ranks_of_node
@@ -121,6 +163,35 @@ class ColdStart:
     def _say(self, line: str) -> None:
         if self.members.own.node_rank == 0:
             print(f"moetion-run: {line}", file=sys.stderr)
+
+
+def _agree(checkpoints: Sequence[int | None]) -> None:
+    """Of ranks that load and others that begin afresh, or that load something else, nothing good
+    comes.
+    """
+    other = next((n for n, seen in enumerate(checkpoints) if seen != checkpoints[0]), None)
+    if other is None:
+        return
+    first, second = (
+        "none" if seen is None else f"that of iteration {seen}"
+        for seen in (checkpoints[0], checkpoints[other])
+    )
+    raise CheckpointsDiffer(
+        f"of the Megatron checkpoints that --load names node 0 sees {first} and node {other}"
+        f" {second}: give a folder that all nodes share"
+    )
+
+
+def stored(spills: Path | None, node_rank: int, script_args: Sequence[str]) -> Stored:
+    """What this node finds on disk now.
+
+    Args:
+        spills: folder of all spills on this node; None without them.
+        script_args: what the workers are given.
+    """
+    names = [] if spills is None else spill.names(spills, node_rank)
+    checkpoint = load_patches("checkpoint").newest(script_args)
+    return Stored(tuple(map(spill.iteration_of, names)), checkpoint)
 
 
 def position_at(iteration: int) -> dict[str, object]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from megatron_moetion.agent.escalation import Tried
+from megatron_moetion.agent.escalation import Tier, Tried
 from megatron_moetion.agent.traces import Trace
 from megatron_moetion.recovery.phase import Phase
 
@@ -159,10 +159,13 @@ class End:
     Attributes:
         reason: what cannot be survived.
         code: of the job.
-        state_lost: an older state would do: start anew from a spill if there is a newer one.
+        state_lost: an older state would do: start anew from a spill or a checkpoint of the host.
         fired: scripted faults that have been injected, by index.
         trace: the exception that it began with, if it was one.
         tried: the tiers that were; None where none could help (a signal, a refusal).
+        tier: the first one that may help where state is lost.
+        distrusted: the host has rejected what came of the state.
+        committed: the iteration that the job had come to; 0 if that is not known.
     """
 
     reason: str
@@ -171,6 +174,9 @@ class End:
     fired: tuple[int, ...] = ()
     trace: Trace | None = None
     tried: Tried | None = None
+    tier: Tier = Tier.SPILL
+    distrusted: bool = False
+    committed: int = 0
 
 
 Command = Notify | Replace | Expel | Evict | Gather | Record | End

@@ -1,10 +1,9 @@
 """Which tier is tried against a failure: pure decisions, told the time of one clock.
 
 Localized recoveries are free as long as they are few: `RestartBudget` says how many within how
-long. Past
-it, and where a localized recovery has not helped, the next tier is tried: all workers anew from
-memory, then the newest spill, then nobody but the user with a checkpoint. A step that was taken is
-remembered for as long as the budget looks back, so none is taken twice in that time.
+long. Past it, and where a localized recovery has not helped, the next tier is tried: all workers
+anew from memory, then from the newest spill, then from the host's own checkpoint. A step that was
+taken is remembered for as long as the budget looks back, so none is taken twice in that time.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Tier(StrEnum):
 
     @property
     def next(self) -> Tier:
-        """The tier below; the last one is the user's."""
+        """The tier below; that of the last one is itself."""
         tiers = list(Tier)
         return tiers[min(tiers.index(self) + 1, len(tiers) - 1)]
 
@@ -78,7 +77,7 @@ class Tried:
         """The tiers, for the line with which a job ends."""
         num = len(self.recoveries)
         told = [f"{num} localized recover{'y' if num == 1 else 'ies'}"] * (num > 0)
-        for tier in (Tier.MEMORY, Tier.SPILL):
+        for tier in (Tier.MEMORY, Tier.SPILL, Tier.CHECKPOINT):
             times = sum(step is tier for step, _ in self.steps)
             told += [str(tier) if times == 1 else f"{times} {tier}s"] * (times > 0)
         return ", ".join(told) or "no tier"
@@ -87,7 +86,7 @@ class Tried:
 NOTHING_TRIED = Tried()
 
 
-def after_failure(tried: Tried, now: float, budget: RestartBudget) -> tuple[Tried, Tier]:
+def after_failure(tried: Tried, now: float, budget: RestartBudget) -> tuple[Tried, Tier | None]:
     """What is tried against a failure in training.
 
     Args:
@@ -95,10 +94,13 @@ def after_failure(tried: Tried, now: float, budget: RestartBudget) -> tuple[Trie
         now: seconds of the clock that `tried` is in.
 
     Returns:
-        What was tried with that, and the tier. That there is a spill is not known here.
+        What was tried with that, and the tier; None where the last one was tried, too. That there
+        is a spill or a checkpoint is not known here.
     """
     known = tried.within(budget.seconds, now)
     if known.since_step < budget.num:
         return replace(known, recoveries=(*known.recoveries, now)), Tier.LOCALIZED
+    if known.lowest is Tier.CHECKPOINT:
+        return known, None
     tier = known.lowest.next
     return (known.with_step(tier, now) if tier is Tier.MEMORY else known), tier

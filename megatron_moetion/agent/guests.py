@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +24,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 
 from megatron_moetion import faults
 from megatron_moetion.agent import launcher
-from megatron_moetion.agent.coldstart import NoSpillLeft, SpillDoesNotFit
+from megatron_moetion.agent.coldstart import CheckpointsDiffer, NoSpillLeft, SpillDoesNotFit
 from megatron_moetion.agent.environment import UsageError
+from megatron_moetion.agent.fallback import Begun
 from megatron_moetion.agent.items import Arrived, Item
 from megatron_moetion.agent.job import Job
 from megatron_moetion.agent.membership import (
@@ -51,6 +53,7 @@ from megatron_moetion.vault.store import VaultStore
 UNKNOWN_CODE = 1
 """Only a parent is told how a process ended."""
 REFUSALS = (
+    CheckpointsDiffer,
     ConfigError,
     MembershipError,
     NoSpillLeft,
@@ -191,14 +194,16 @@ def _run(spec: dict[str, Any]) -> int:
         placement=placement_of(meeting.members, config),
         faults=faults.parse(config.fault),
         spills=launcher.spill_folder(script_args),
+        script_args=script_args,
         hang_factor=config.hang_factor,
         max_retries=config.max_retries,
         budget=config.restart_budget,
         lease=lease,
     )
     store = VaultStore()
-    record = launcher.cold_start(job, script_args, meeting.store, store)
-    outcome = HostedNode(job, meeting.listener, store, record, place, _ready).run()
+    start = launcher.cold_start(job, meeting.store, store)
+    job = replace(job, begun=Begun(start.source, start.source))
+    outcome = HostedNode(job, meeting.listener, store, start.record, place, _ready).run()
     # Here the launcher starts everything anew, if it is to be.
     assert isinstance(outcome, int)
     return outcome

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_moetion.agent.escalation import NOTHING_TRIED, Tried
+from megatron_moetion.agent.fallback import BEGUN_AFRESH, Begun
 from megatron_moetion.agent.membership import DEFAULT_LEASE, Members
 from megatron_moetion.config import DEFAULT_BUDGET, RestartBudget
 from megatron_moetion.faults import Fault
@@ -53,6 +54,8 @@ class Job:
         faults: the script of the whole job.
         fired: those that were injected before this agent began again, by index.
         spills: folder of this node's spills; None without them.
+        script_args: what the workers are given, whoever starts them.
+        begun: what it starts from; the leader's counts.
         replaces_nodes: another node may take the place of a lost one.
         hang_factor: of --moetion-hang-factor.
         max_retries: of --moetion-max-retries.
@@ -73,6 +76,8 @@ class Job:
     faults: tuple[Fault, ...]
     fired: tuple[int, ...] = ()
     spills: Path | None = None
+    script_args: tuple[str, ...] = ()
+    begun: Begun = BEGUN_AFRESH
     replaces_nodes: bool = False
     hang_factor: float = 0.0
     max_retries: int = 3

@@ -8,6 +8,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -15,10 +16,17 @@ from typing import NoReturn
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
 from megatron_moetion import faults
-from megatron_moetion.agent.coldstart import ColdStart, NoSpillLeft, SpillDoesNotFit, share_over
+from megatron_moetion.agent.coldstart import (
+    CheckpointsDiffer,
+    ColdStart,
+    NoSpillLeft,
+    SpillDoesNotFit,
+    Start,
+    share_over,
+)
 from megatron_moetion.agent.environment import UsageError, interpreter, worker_base_env
 from megatron_moetion.agent.escalation import NOTHING_TRIED
-from megatron_moetion.agent.fallback import FallBack, begin_again, inherited, run_again
+from megatron_moetion.agent.fallback import Begun, FallBack, begin_again, inherited, run_again
 from megatron_moetion.agent.job import Job, Program
 from megatron_moetion.agent.membership import (
     ANY_PLACE,
@@ -38,7 +46,7 @@ from megatron_moetion.agent.wire import ABSTRACT_MARK
 from megatron_moetion.config import Config, ConfigError
 from megatron_moetion.patch_location import load_patches
 from megatron_moetion.vault.placement import PlacementError
-from megatron_moetion.vault.spill import FOLDER, Record
+from megatron_moetion.vault.spill import FOLDER
 from megatron_moetion.vault.store import VaultStore
 
 Outcome = int | FallBack
@@ -104,7 +112,7 @@ def main(argv: Sequence[str] | None = None, spare: Spare | None = None) -> NoRet
         outcome = _run(args, fall_back, spare)
     except (UsageError, SpillDoesNotFit) as error:
         _fail(str(error), USAGE_EXIT_CODE)
-    except (MembershipError, NoSpillLeft) as error:
+    except (MembershipError, NoSpillLeft, CheckpointsDiffer) as error:
         _fail(str(error), 1)
     except Dismissed as dismissed:
         if dismissed.anew:
@@ -128,13 +136,15 @@ def _run(args: argparse.Namespace, fall_back: FallBack | None, spare: Spare | No
     secret = secret_of(rendezvous.num_nodes)
     num_workers = local_world_size(args.nproc_per_node)
     met = arrive(rendezvous, num_workers) if args.standby else meet(rendezvous, num_workers)
-    seat, record, store = None, None, VaultStore()
+    seat, start, store = None, Start(), VaultStore()
     if isinstance(met, Arrival):
         met, seat = stand_by(met, bytes.fromhex(secret), rendezvous.lease)
     job = job_of(args, rendezvous, met, secret, fall_back)
     if seat is None:
-        record = cold_start(job, args.training_script_args, met.store, store, fall_back)
-    return Node(job, met.listener, store, record, spare, seat).run()
+        start = cold_start(job, met.store, store, fall_back)
+        highest = start.source if fall_back is None else max(start.source, fall_back.highest)
+        job = replace(job, begun=Begun(highest, start.source))
+    return Node(job, met.listener, store, start.record, spare, seat).run()
 
 
 def check(args: argparse.Namespace) -> None:
@@ -287,6 +297,7 @@ def job_of(
         faults=faults.parse(config.fault),
         fired=() if fall_back is None else fall_back.fired,
         spills=spill_folder(script_args),
+        script_args=script_args,
         replaces_nodes=protected and placement.num_copies > 0,
         hang_factor=config.hang_factor if protected else 0.0,
         max_retries=config.max_retries,
@@ -297,13 +308,9 @@ def job_of(
 
 
 def cold_start(
-    job: Job,
-    script_args: Sequence[str],
-    exchange: KeyValues,
-    store: VaultStore,
-    fall_back: FallBack | None = None,
-) -> Record | None:
-    """Load the newest spill that all nodes can go on from into this node's vault, if there is one.
+    job: Job, exchange: KeyValues, store: VaultStore, fall_back: FallBack | None = None
+) -> Start:
+    """Find what all nodes can go on from, and load it into this node's vault if it is a spill.
 
     Args:
         exchange: where the nodes tell each other what they have.
@@ -311,22 +318,24 @@ def cold_start(
 
     Raises:
         NoSpillLeft: see `ColdStart.take`.
+        CheckpointsDiffer: see `ColdStart.take`.
         UsageError: there is nothing to export.
         SpillDoesNotFit: see `ColdStart.take`.
     """
-    if job.spills is None:
-        idle = Path(job.directory) / FOLDER if job.protected and job.directory else None
-        if idle is not None and any(idle.glob("*-*")):
-            line = f"the spills in {idle} are not used without --moetion-spill-interval"
-            print(f"moetion-run: {line}: a fresh start", file=sys.stderr)
-        return None
-    checkpoint = load_patches("checkpoint").newest(script_args)
+    if not job.protected:
+        return Start()
+    idle = Path(job.directory) / FOLDER if job.spills is None and job.directory else None
+    if idle is not None and any(idle.glob("*-*")):
+        line = f"the spills in {idle} are not used without --moetion-spill-interval"
+        print(f"moetion-run: {line}", file=sys.stderr)
+    checkpoint = load_patches("checkpoint").newest(job.script_args)
     share = share_over(exchange, job.members)
-    expected = None if fall_back is None else fall_back.iteration
-    record = ColdStart(job.spills, job.members, share, checkpoint, expected).take(store)
-    if record is None and option(script_args, "--moetion-export") is not None:
+    limit = None if fall_back is None else fall_back.source
+    start = ColdStart(job.spills, job.members, share, checkpoint, limit).take(store)
+    exports = job.spills is not None and option(job.script_args, "--moetion-export") is not None
+    if exports and start.record is None:
         raise UsageError(f"--moetion-export: no spill in {job.spills} to be exported")
-    return record
+    return start
 
 
 def spill_folder(script_args: Sequence[str]) -> Path | None:

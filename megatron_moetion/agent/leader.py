@@ -29,8 +29,17 @@ from megatron_moetion.agent.decision import (
     Restored,
     Said,
 )
-from megatron_moetion.agent.escalation import NOTHING_TRIED, Tier
-from megatron_moetion.agent.fallback import way_on
+from megatron_moetion.agent.escalation import NOTHING_TRIED
+from megatron_moetion.agent.fallback import (
+    BEGUN_AFRESH,
+    Begun,
+    FallBack,
+    Source,
+    Stored,
+    best,
+    next_source,
+    way_on,
+)
 from megatron_moetion.agent.hangs import Observation
 from megatron_moetion.agent.membership import Members
 from megatron_moetion.agent.spilling import Order, Release, Report, Settle, Spill, Spilling
@@ -96,7 +105,8 @@ class Leader:
         send: gives an order to the agent of a node.
         log: for the timeline.
         timeout: for each phase of a recovery.
-        spilled: iteration of the spill that the job starts from, 0 if none.
+        begun: what the job starts from.
+        stored: what this node finds on disk by now.
         can_begin_again: the agents start the workers, and may start anew themselves.
         hang_factor: of --moetion-hang-factor; 0 detects no hang.
     """
@@ -108,7 +118,8 @@ class Leader:
         send: Callable[[int, Message], None],
         log: EventLog,
         timeout: timedelta,
-        spilled: int = 0,
+        begun: Begun = BEGUN_AFRESH,
+        stored: Callable[[], Stored] = Stored,
         can_begin_again: bool = True,
         hang_factor: float = 0.0,
     ) -> None:
@@ -118,8 +129,10 @@ class Leader:
         self._log = log
         self._timeout = timeout
         ranks = [rank for node in members.nodes for rank in node.global_ranks]
+        self._begun, self._stored = begun, stored
+        self._cold = begun.last.is_spill
+        spilled = begun.last.iteration if begun.last.is_spill else 0
         self._spilling = Spilling(ranks, len(members.nodes), spilled)
-        self._cold = spilled > 0
         self._can_begin_again = can_begin_again
         self._alarms = Alarms(
             Vigil(ranks, len(members.nodes), hang_factor, timeout, time.monotonic()), log, timeout
@@ -304,18 +317,40 @@ class Leader:
             print(f"moetion-run: what rank {end.trace.global_rank} raised first:", file=sys.stderr)
             print(text, end="", file=sys.stderr)
         order: Message = {"op": "end", "reason": end.reason, "code": end.code, "fall_back": None}
-        spilled = self._spilling.valid
-        if spilled is not None and end.state_lost and self._can_begin_again:
-            tried = (end.tried or NOTHING_TRIED).with_step(Tier.SPILL, time.monotonic())
-            order["fall_back"] = [spilled, list(end.fired), tried.to_json()]
-            anew = f"all workers start anew from the spill of iteration {spilled}"
-            self._log.emit("fell-back", iteration=spilled, reason=end.reason)
-            print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
-        elif end.reason:
-            tiers = "" if end.tried is None else f"; tried: {end.tried}"
-            hint = way_on(spilled, end.tried is not None)
-            print(f"moetion-run: ending the job: {end.reason}{tiers}{hint}", file=sys.stderr)
+        if end.reason:
+            stored, valid = self._stored(), self._spilling.valid
+            source = None
+            if end.state_lost and self._can_begin_again:
+                source = next_source(self._begun, stored, valid, end.tier, end.distrusted)
+            if source is not None:
+                order["fall_back"] = self._fall_back(end, source).to_json()
+            else:
+                self._give_up(end, best(valid, stored.checkpoint))
         self._everywhere(order)
+
+    def _give_up(self, end: End, found: Source | None) -> None:
+        """Says why the job ends, and what to do.
+
+        Args:
+            found: what the same command would begin from.
+        """
+        tiers = "" if end.tried is None else f"; tried: {end.tried}"
+        # What this job has begun from would only bring it here again.
+        further = found if found is not None and found > self._begun.highest else None
+        hint = way_on(further, end.tried is not None)
+        print(f"moetion-run: ending the job: {end.reason}{tiers}{hint}", file=sys.stderr)
+
+    def _fall_back(self, end: End, source: Source) -> FallBack:
+        """Says what all start anew from, and what that costs."""
+        told = {"tier": source.tier, "iteration": source.iteration, "committed": end.committed}
+        self._log.emit("fell-back", reason=end.reason, **told)
+        lost = f"iterations {source.iteration + 1} to {end.committed} are run again"
+        known = f"{lost}; " if end.committed > source.iteration else ""
+        anew = f"{known}all workers start anew from {source}"
+        print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
+        tried = (end.tried or NOTHING_TRIED).with_step(source.tier, time.monotonic())
+        highest = max(self._begun.highest, source)
+        return FallBack(source, highest, end.fired, tried=tried)
 
     def _spill(self, orders: list[Order]) -> None:
         for order in orders:

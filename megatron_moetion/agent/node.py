@@ -14,11 +14,10 @@ from dataclasses import asdict, replace
 from multiprocessing import AuthenticationError
 
 from megatron_moetion.agent import supervision
-from megatron_moetion.agent.coldstart import mismatch, position_at
+from megatron_moetion.agent.coldstart import mismatch, position_at, stored
 from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
-from megatron_moetion.agent.escalation import Tried
-from megatron_moetion.agent.fallback import FallBack, way_on
+from megatron_moetion.agent.fallback import FallBack, Stored, best, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
 from megatron_moetion.agent.items import (
     Damaged,
@@ -201,11 +200,11 @@ class Node:
                 if self._job.protected
                 else Unprotected(members.world_size)
             )
-            spilled = 0 if self._record is None else self._record.span.iteration
             tools = (members, decider, self._order, self._log, self._job.timeout)
             self._leader = Leader(
                 *tools,
-                spilled,
+                self._job.begun,
+                self._stored if self._job.protected else Stored,
                 can_begin_again=self._job.program is not None,
                 hang_factor=self._job.hang_factor,
             )
@@ -260,8 +259,13 @@ class Node:
 
     @property
     def _without_leader(self) -> str:
-        tried = "; tried: no tier, as node 0 hosts the job's store" if self._job.protected else ""
-        return f"this node ends{tried}{way_on(self._spilled, self._job.protected)}"
+        if not self._job.protected:
+            return "this node ends"
+        hint = way_on(best(self._spilled, self._stored().checkpoint), protected=True)
+        return f"this node ends; tried: no tier, as node 0 hosts the job's store{hint}"
+
+    def _stored(self) -> Stored:
+        return stored(self._job.spills, self._own.node_rank, self._job.script_args)
 
     def _await_peers(self) -> None:
         """Every agent is connected before anything can fail."""
@@ -465,9 +469,7 @@ class Node:
                 self._kill(order["global_rank"])
             case "end":
                 if order["fall_back"]:
-                    iteration, fired, tried = order["fall_back"]
-                    told = Tried.from_json(tried)
-                    self._fall_back = FallBack(iteration, tuple(fired), tried=told)
+                    self._fall_back = FallBack.from_json(order["fall_back"])
                 if self._seating is not None:
                     self._seating.dismiss(order)
                 self._end(order["reason"], order["code"])

@@ -53,7 +53,7 @@ class Round:
         fired: scripted faults that were injected before, by index.
         replaces_nodes: what a lost node held is on other nodes, and another may take its place.
         budget: localized recoveries within a time, after which the next tier is tried.
-        tried: against failures, before this job started anew from a spill.
+        tried: against failures, before this job started anew from disk.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Round:
         self._failures: Counter[tuple[int, int | None]] = Counter()
         self._first_code = 0
         self._answers = _Answers()
-        self._committed = 0
+        self._committed = self._reached = 0
         self._replaces_nodes = replaces_nodes
         self._lost: set[int] = set()
         self._went_on: list[tuple[int, int]] = []
@@ -141,6 +141,7 @@ class Round:
 
     def _exit(self, event: Exited) -> list[Command]:
         rank = event.global_rank
+        self._reached = max(self._reached, (event.position or {}).get("committed", 0))
         if rank in self._finished:
             self._exited.add(rank)
             if self._exited == self._all:
@@ -227,14 +228,20 @@ class Round:
     def _down(
         self,
         reason: str,
-        tier: Tier,
+        tier: Tier | None,
         begin: Callable[[], list[Command]],
         trace: Trace | None = None,
     ) -> list[Command]:
-        """Tries a tier below, or ends the job if that is nothing that workers could be part of."""
+        """Tries a tier below, or ends the job if that is nothing that workers could be part of.
+
+        Args:
+            tier: None is none that has not been tried.
+        """
+        if tier is None:
+            return self._hopeless(reason, trace=trace)
         step = Record("escalated", {"epoch": self.epoch, "tier": tier, "reason": reason})
         if tier is not Tier.MEMORY:
-            return [step, *self._hopeless(reason, state_lost=tier is Tier.SPILL, trace=trace)]
+            return [step, *self._hopeless(reason, state_lost=True, tier=tier, trace=trace)]
         commands = begin()
         self._restarting |= self._survivors | self._ready
         anew = f"{reason}; {tier}: all workers start anew from what memory holds"
@@ -406,6 +413,7 @@ class Round:
 
     def _verdict(self) -> list[Command]:
         self._committed = _furthest(self._answers.positions)
+        self._reached = max(self._reached, self._committed)
         self._machine.take(Step.REPORTED)
         fields = {"epoch": self.epoch, "committed": self._committed}
         return [Notify(self._living(), {"op": "verdict", **fields}), Record("planned", fields)]
@@ -484,7 +492,7 @@ class Round:
         self._expelled.clear()
         self._restarting.clear()
         self._traces.goes_on()
-        self._first_code = 0
+        self._first_code = self._reached = 0
         return [
             Notify(tuple(sorted(self._all)), {"op": "resume", "epoch": self.epoch}),
             Record("resumed", {"epoch": self.epoch, "recovered": recovered}),
@@ -521,6 +529,7 @@ class Round:
         *,
         state_lost: bool = False,
         refused: bool = False,
+        tier: Tier = Tier.SPILL,
         trace: Trace | None = None,
     ) -> list[Command]:
         tried = None if refused else self._tried
@@ -530,7 +539,17 @@ class Round:
             trace = newest
         return [
             Record("ended", {"epoch": self.epoch, "reason": reason}),
-            End(reason, self._first_code or 1, state_lost, self._injected, trace, tried),
+            End(
+                reason,
+                self._first_code or 1,
+                state_lost,
+                self._injected,
+                trace,
+                tried,
+                tier,
+                distrusted=self._doubts.any,
+                committed=self._reached,
+            ),
         ]
 
 

@@ -19,7 +19,8 @@ def newest(args: Sequence[str]) -> int | None:
     known, _ = parser.parse_known_args(list(args))
     if known.load is None or known.finetune:
         return None
-    if known.ckpt_step is not None:
+    # 0 is as good as none to Megatron.
+    if known.ckpt_step:
         return int(known.ckpt_step)
     try:
         text = (known.load / TRACKER).read_text().strip()

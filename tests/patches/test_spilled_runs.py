@@ -56,6 +56,7 @@ def test_values_that_read_differently_in_each_process_are_left_out() -> None:
         (["--load", "{}"], "release", None),
         (["--load", "{}", "--finetune"], "30", None),
         (["--load", "{}", "--ckpt-step", "10"], "30", 10),
+        (["--load", "{}", "--ckpt-step", "0"], "30", 30),
         (["--save", "{}"], "30", None),
         ([], "30", None),
     ],

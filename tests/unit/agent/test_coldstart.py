@@ -1,4 +1,4 @@
-"""Which spill a job starts from: the newest that every node holds whole, or none."""
+"""What a job starts from: the newest spill that every node holds whole, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ import pytest
 import torch
 
 from megatron_moetion.agent.coldstart import (
+    CheckpointsDiffer,
     ColdStart,
     NoSpillLeft,
     SpillDoesNotFit,
+    Start,
     mismatch,
     position_at,
     share_over,
+    stored,
 )
+from megatron_moetion.agent.fallback import AFRESH, Source, Stored
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.recovery.plan import Position, Progress
 from megatron_moetion.vault import Vault, spill
 from megatron_moetion.vault.shelf import StoreShelf
-from megatron_moetion.vault.spill import Record, Span
+from megatron_moetion.vault.spill import Span
 from megatron_moetion.vault.store import VaultStore
 
 NODES = (Member(0, "a", 1, 2, 0), Member(1, "b", 1, 2, 2))
@@ -77,36 +81,51 @@ def spilled(roots: tuple[Path, Path]) -> tuple[Path, Path]:
     return roots
 
 
+Roots = tuple[Path | None, Path | None]
+
+
 def take(
-    roots: tuple[Path, Path],
+    roots: Roots,
     checkpoint: int | None = None,
     nodes: tuple[Member, ...] = NODES,
-    expected: int | None = None,
-) -> list[tuple[Record | None, list[str]]]:
-    """What each node takes, and the keys of its first rank."""
+    limits: tuple[Source | None, Source | None] = (None, None),
+    seen_by_1: int | None = None,
+) -> list[tuple[Start, list[str]]]:
+    """What each node takes, and the keys of its first rank.
+
+    Args:
+        limits: by node.
+        seen_by_1: the checkpoint that node 1 sees, if it is another one.
+    """
     board = Board()
 
-    def run(node_rank: int) -> tuple[Record | None, list[str]]:
+    def run(node_rank: int) -> tuple[Start, list[str]]:
         members, store = Members(nodes, node_rank), VaultStore()
-        share = share_over(board, members)
-        record = ColdStart(roots[node_rank], members, share, checkpoint, expected).take(store)
+        seen = seen_by_1 if node_rank and seen_by_1 is not None else checkpoint
+        share, limit = share_over(board, members), limits[node_rank]
+        start = ColdStart(roots[node_rank], members, share, seen, limit).take(store)
         keys = [e.key for e in store.inventory(LAYOUT[node_rank][0], "frame/")]
         store.close()
-        return record, keys
+        return start, keys
 
     with ThreadPoolExecutor(len(nodes)) as pool:
         return list(pool.map(run, range(len(nodes))))
 
 
-def taken(roots: tuple[Path, Path], **options: Any) -> list[str | None]:
-    return [record and record.name for record, _ in take(roots, **options)]
+def names_of(outcome: list[tuple[Start, list[str]]]) -> list[str | None]:
+    return [start.record and start.record.name for start, _ in outcome]
+
+
+def taken(roots: Roots, **options: Any) -> list[str | None]:
+    return names_of(take(roots, **options))
 
 
 def test_the_newest_is_taken_and_loaded(
     spilled: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcome = take(spilled)
-    assert [record and record.name for record, _ in outcome] == [NEW, NEW]
+    assert names_of(outcome) == [NEW, NEW]
+    assert {start.source for start, _ in outcome} == {Source(8, True)}
     assert [keys for _, keys in outcome] == [["frame/7/x", "frame/8/x"]] * 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"moetion-run: starting from the spill of iteration 8 in {spilled[0]}"]
@@ -121,7 +140,7 @@ def test_a_damaged_one_on_any_node_is_named_and_the_next_older_one_taken(
     path = spilled[node_rank] / NEW / name
     path.write_bytes(path.read_bytes()[:-1])
     outcome = take(spilled)
-    assert [record and record.name for record, _ in outcome] == [OLD, OLD]
+    assert names_of(outcome) == [OLD, OLD]
     # Nothing of the damaged one is left, on the node with the good part either.
     assert [keys for _, keys in outcome] == [["frame/3/x", "frame/4/x"]] * 2
     lines = capsys.readouterr().err
@@ -193,6 +212,59 @@ def test_training_does_not_begin_afresh_where_all_spills_are_damaged(
 
 
 def test_nor_where_a_spill_that_was_there_is_gone(roots: tuple[Path, Path]) -> None:
+    limits = (Source(8, True), Source(8, True))
     with pytest.raises(NoSpillLeft):
-        take(roots, expected=8)
-    assert taken(roots, expected=8, checkpoint=3) == [None, None]
+        take(roots, limits=limits)
+    assert taken(roots, limits=limits, checkpoint=3) == [None, None]
+
+
+def test_where_the_job_begins_again_nothing_is_taken_that_is_better_than_node_0_says(
+    spilled: tuple[Path, Path],
+) -> None:
+    # Node 1 has just come, in place of one that was lost.
+    limits = (Source(7, True), None)
+    assert taken(spilled, limits=limits) == [OLD, OLD]
+    assert taken(spilled, limits=limits, checkpoint=8) == [OLD, OLD]
+    outcome = take(spilled, limits=limits, checkpoint=5)
+    assert {start.source for start, _ in outcome} == {Source(5, False)}
+    damage(spilled[0], OLD)
+    with pytest.raises(NoSpillLeft):
+        take(spilled, limits=limits)
+
+
+def test_without_spills_the_checkpoint_is_what_a_job_begins_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = [start.source for start, _ in take((None, None), checkpoint=5)]
+    assert begun == [Source(5, False)] * 2
+    assert capsys.readouterr().err == "moetion-run: --load of iteration 5\n"
+    assert [start.source for start, _ in take((None, None))] == [AFRESH] * 2
+    assert capsys.readouterr().err == ""
+    limits = (Source(5, False), None)
+    with pytest.raises(NoSpillLeft, match=r"^--load names no Megatron checkpoint: give one"):
+        take((None, None), limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("seen", "what"),
+    [
+        ((None, 9), "node 0 sees none and node 1 that of iteration 9"),
+        ((9, 8), "node 0 sees that of iteration 9 and node 1 that of iteration 8"),
+    ],
+)
+def test_nodes_that_see_different_checkpoints_do_not_start(
+    roots: tuple[Path, Path], seen: tuple[int | None, int], what: str
+) -> None:
+    with pytest.raises(CheckpointsDiffer, match=f"{what}: give a folder that all nodes share"):
+        take(roots, checkpoint=seen[0], seen_by_1=seen[1])
+
+
+def test_where_all_start_from_a_spill_nobody_loads_one(spilled: tuple[Path, Path]) -> None:
+    assert taken(spilled, checkpoint=7, seen_by_1=6) == [NEW, NEW]
+
+
+def test_a_node_says_what_it_finds_on_disk(spilled: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    args = ["--load", str(tmp_path)]
+    assert stored(spilled[1], 1, args) == Stored((8, 4), 7)
+    assert stored(None, 1, []) == Stored()

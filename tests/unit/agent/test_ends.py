@@ -19,6 +19,7 @@ from test_round import NODES, WORLD, die, drive, ends, failed, feed_all, in_phas
 
 from megatron_moetion.agent import round as rounds
 from megatron_moetion.agent.decision import AgentLost, End, Exited, Expired
+from megatron_moetion.agent.escalation import Tier, Tried
 from megatron_moetion.agent.round import Round
 from megatron_moetion.config import RestartBudget
 from megatron_moetion.recovery.phase import Phase
@@ -64,6 +65,14 @@ def over_budget() -> list[Any]:
         feed_all(leader, [die(rank) for rank in WORLD[:3]] if iteration == 1 else [])
         drive(leader, set(WORLD) if iteration == 1 else {3}, Phase.TRAINING)
     return leader.feed(replace(die(3, 3), at=3.0))
+
+
+def no_tier_left() -> list[Any]:
+    tried = Tried((), ((Tier.CHECKPOINT, 0.0),))
+    leader = Round(NODES, budget=RestartBudget(1, 60.0), tried=tried)
+    leader.feed(replace(die(3), at=1.0))
+    drive(leader, {3}, Phase.TRAINING)
+    return leader.feed(replace(die(3, 6), at=2.0))
 
 
 def rejected() -> list[Any]:
@@ -139,6 +148,10 @@ ENDS: dict[Callable[[], list[Any]], tuple[str, str]] = {
     over_budget: (
         "more than 1 recoveries within 60 s (--moetion-restart-budget 1/60)",
         "2 localized recoveries, memory restart",
+    ),
+    no_tier_left: (
+        "more than 1 recoveries within 60 s (--moetion-restart-budget 1/60)",
+        "1 localized recovery, Megatron checkpoint",
     ),
     rejected: (
         "what was rebuilt from memory gives results that the host rejects: NaN",

@@ -15,7 +15,7 @@ from megatron_moetion.config import RestartBudget
 BUDGET = RestartBudget(3, 60.0)
 
 
-def tiers(times: list[float], budget: RestartBudget = BUDGET) -> tuple[list[Tier], Tried]:
+def tiers(times: list[float], budget: RestartBudget = BUDGET) -> tuple[list[Tier | None], Tried]:
     tried, found = NOTHING_TRIED, []
     for now in times:
         tried, tier = after_failure(tried, now, budget)
@@ -35,13 +35,15 @@ def test_past_the_budget_each_tier_is_tried_once_and_has_a_budget_of_its_own() -
     local = [Tier.LOCALIZED] * 3
     assert found == [*local, Tier.MEMORY, *local, Tier.SPILL]
     assert str(tried) == "6 localized recoveries, memory restart"
-    # That there was a spill, the leader says.
-    tried = tried.with_step(Tier.SPILL, 8.0)
-    for now in (9.0, 10.0, 11.0):
-        tried, tier = after_failure(tried, now, BUDGET)
-        assert tier is Tier.LOCALIZED
-    _, tier = after_failure(tried, 12.0, BUDGET)
-    assert tier is Tier.CHECKPOINT
+    # That there was a spill or a checkpoint, the leader says.
+    for at, step, following in ((8.0, Tier.SPILL, Tier.CHECKPOINT), (10.0, Tier.CHECKPOINT, None)):
+        tried = tried.with_step(step, at)
+        for _ in range(BUDGET.num):
+            tried, tier = after_failure(tried, at + 1.0, BUDGET)
+            assert tier is Tier.LOCALIZED
+        tried, tier = after_failure(tried, at + 1.0, BUDGET)
+        assert tier is following
+    assert str(tried) == "12 localized recoveries, memory restart, spill, Megatron checkpoint"
 
 
 def test_after_a_quiet_time_the_first_tier_is_tried_again() -> None:
@@ -58,13 +60,13 @@ def test_no_tier_below_is_tried_twice_within_the_time_of_the_budget(
     for gap in gaps:
         now += gap
         tried, tier = after_failure(tried, now, budget)
-        if tier is Tier.SPILL:
-            tried = tried.with_step(tier, now)
-        if tier is Tier.CHECKPOINT:
+        if tier is None:
             break
+        if tier in (Tier.SPILL, Tier.CHECKPOINT):
+            tried = tried.with_step(tier, now)
         if tier is not Tier.LOCALIZED:
             steps.append((tier, now))
-    for tier in (Tier.MEMORY, Tier.SPILL):
+    for tier in (Tier.MEMORY, Tier.SPILL, Tier.CHECKPOINT):
         times = [at for step, at in steps if step is tier]
         assert all(b - a > 30.0 for a, b in pairwise(times))
 
@@ -80,6 +82,7 @@ def test_no_tier_below_is_tried_twice_within_the_time_of_the_budget(
             Tried((), ((Tier.SPILL, 3.0), (Tier.MEMORY, 4.0), (Tier.SPILL, 5.0))),
             "memory restart, 2 spills",
         ),
+        (Tried((), ((Tier.CHECKPOINT, 3.0), (Tier.CHECKPOINT, 4.0))), "2 Megatron checkpoints"),
     ],
 )
 def test_it_is_said_in_words_and_survives_a_new_beginning(tried: Tried, text: str) -> None:

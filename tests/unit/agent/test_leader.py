@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_moetion.agent.decision import Command, End, Event
-from megatron_moetion.agent.escalation import Tried
+from megatron_moetion.agent.escalation import Tier, Tried
+from megatron_moetion.agent.fallback import Begun, FallBack, Source, Stored
 from megatron_moetion.agent.leader import Leader
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.events import EventLog
@@ -56,11 +57,56 @@ def test_lost_state_starts_anew_from_the_spill_everywhere(
     assert orders[0][1] == orders[1][1]
     order = orders[0][1]
     assert (order["op"], order["reason"], order["code"]) == ("end", "no frames", 9)
-    iteration, fired, tried = order["fall_back"]
-    assert (iteration, fired) == (6, [1])
-    assert str(Tried.from_json(tried)) == "1 localized recovery, spill"
+    fall_back = FallBack.from_json(order["fall_back"])
+    assert (fall_back.source, fall_back.highest) == (Source(6, True), Source(6, True))
+    assert fall_back.fired == (1,)
+    assert str(fall_back.tried) == "1 localized recovery, spill"
     anew = "moetion-run: no frames; all workers start anew from the spill of iteration 6\n"
     assert capsys.readouterr().err == anew
+
+
+def test_or_from_the_checkpoint_that_is_there_by_then_and_says_what_is_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun, tried = Begun(Source(6, True), Source(6, True)), Tried((1.0,), ((Tier.SPILL, 2.0),))
+    stored = lambda: Stored((6, 3), 5)  # noqa: E731
+    end = End("no frames", 9, True, tried=tried, committed=8)
+    orders = ended(end, spilled=False, begun=begun, stored=stored)
+    told = [FallBack.from_json(order["fall_back"]) for _, order in orders]
+    assert [fall_back.source for fall_back in told] == [Source(5, False)] * 2
+    assert [fall_back.highest for fall_back in told] == [Source(6, True)] * 2
+    assert str(told[0].tried) == "1 localized recovery, spill, Megatron checkpoint"
+    assert capsys.readouterr().err == (
+        "moetion-run: no frames; iterations 6 to 8 are run again; all workers start anew from the"
+        " Megatron checkpoint of iteration 5\n"
+    )
+    # Nothing new is there behind that.
+    begun = Begun(Source(6, True), Source(5, False))
+    orders = ended(end, spilled=False, begun=begun, stored=stored)
+    assert [(order["code"], order["fall_back"]) for _, order in orders] == [(9, None)] * 2
+    assert capsys.readouterr().err == (
+        "moetion-run: ending the job: no frames; tried: 1 localized recovery, spill; restart from a"
+        " Megatron checkpoint with --load, or afresh\n"
+    )
+
+
+def test_an_older_spill_only_where_the_newest_is_not_to_be_trusted() -> None:
+    begun, stored = Begun(Source(6, True), Source(6, True)), lambda: Stored((6, 3), None)
+    for distrusted, expected in ((False, None), (True, Source(3, True))):
+        end = End("NaN", 9, True, tried=Tried(), distrusted=distrusted)
+        orders = ended(end, spilled=False, begun=begun, stored=stored)
+        told = {
+            order["fall_back"] and FallBack.from_json(order["fall_back"]) for _, order in orders
+        }
+        assert {fall_back and fall_back.source for fall_back in told} == {expected}
+
+
+def test_a_checkpoint_that_is_newer_is_what_the_same_command_goes_on_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended(End("it broke", 9, tried=Tried()), spilled=True, stored=lambda: Stored((6,), 7))
+    line = capsys.readouterr().err
+    assert line.endswith("; the same command goes on from the Megatron checkpoint of iteration 7\n")
 
 
 @pytest.mark.parametrize(

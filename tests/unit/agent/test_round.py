@@ -351,7 +351,9 @@ def test_past_the_budget_all_workers_start_anew_and_none_of_their_ends_counts() 
     drive(leader, set(WORLD), Phase.TRAINING)
     # Here such a death is one again, and those within its budget are recovered from.
     (end,) = ends(flap(leader, 4, 10.0))
-    assert end.state_lost
+    assert (end.state_lost, end.tier, end.distrusted) == (True, Tier.SPILL, False)
+    # What came last is what would have to be run again.
+    assert end.committed == 14
     assert str(end.tried) == "6 localized recoveries, memory restart"
 
 
@@ -388,17 +390,22 @@ def test_what_is_rejected_behind_a_rebuild_costs_those_that_were_rebuilt_and_the
     feed_all(leader, [die(0), die(1), die(2)])
     drive(leader, {*WORLD}, Phase.TRAINING)
     (end,) = ends(reject(leader, 1))
-    assert end.state_lost
+    assert (end.state_lost, end.tier, end.distrusted) == (True, Tier.SPILL, True)
     assert end.trace is not None
     assert "memory restart" in str(end.tried)
 
 
-def test_what_was_tried_before_a_start_from_a_spill_still_counts() -> None:
-    tried = Tried((1.0,), ((Tier.MEMORY, 2.0), (Tier.SPILL, 3.0)))
+@pytest.mark.parametrize("lowest", [Tier.SPILL, Tier.CHECKPOINT])
+def test_what_was_tried_before_a_start_anew_still_counts(lowest: Tier) -> None:
+    tried = Tried((1.0,), ((Tier.MEMORY, 2.0), (lowest, 3.0)))
     leader = Round(NODES, budget=RestartBudget(1, 60.0), tried=tried)
-    (end,) = ends(flap(leader, 2, 10.0))
-    assert not end.state_lost
-    assert str(end.tried) == "2 localized recoveries, memory restart, spill"
+    commands = flap(leader, 2, 10.0)
+    (end,) = ends(commands)
+    left = lowest is Tier.SPILL
+    # Behind the last one there is none.
+    assert ("escalated" in recorded(commands), end.state_lost) == (left, left)
+    assert end.tier is Tier.CHECKPOINT or not left
+    assert str(end.tried) == f"2 localized recoveries, memory restart, {lowest}"
 
 
 def test_a_lost_node_counts_as_one_failure_and_is_waited_for_in_a_memory_restart_too() -> None:
