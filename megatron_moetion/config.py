@@ -322,7 +322,8 @@ class Config:
             "--moetion-restart-budget",
             "N/SECONDS",
             "When more than N recoveries begin within SECONDS, all workers start anew from memory; "
-            "when that happens again, from the newest spill; then the job ends.",
+            "when that happens again, from the newest spill; then from the Megatron checkpoint "
+            "that --load names; then the job ends.",
             _budget,
         ),
     )
