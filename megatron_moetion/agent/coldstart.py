@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion.agent.fallback import AFRESH, Source, Stored
+from megatron_moetion.agent.fallback import AFRESH, Limit, Source, Stored
 from megatron_moetion.agent.membership import KeyValues, Members, all_have_read
 from megatron_moetion.patch_location import load_patches
 from megatron_moetion.recovery.plan import Position, Progress
@@ -70,14 +70,14 @@ class ColdStart:
         members: all nodes.
         share: see `Share`.
         checkpoint: iteration of the host's own checkpoint that the job would load, if any.
-        limit: the best that may be taken, where the job begins again; node 0's counts for all.
+        limit: what may be taken where the job begins again; node 0's counts for all.
     """
 
     root: Path | None
     members: Members
     share: Share
     checkpoint: int | None
-    limit: Source | None = None
+    limit: Limit | None = None
 
     def take(self, store: VaultStore) -> Start:
         """Load a spill into the store, if it is one, and say in one line what the job starts from.
@@ -89,12 +89,12 @@ class ColdStart:
         """
         own = self.members.own.node_rank
         names = [] if self.root is None else spill.names(self.root, own)
-        limit = None if self.limit is None else astuple(self.limit)
+        limit = None if self.limit is None else self.limit.to_json()
         said = self.share("spills", [names, self.checkpoint, limit])
         held = set.intersection(*(set(names) for names, _, _ in said))
-        _, checkpoint, limit = said[0]
         # An agent that has just come to a job that begins again knows of no limit.
-        may = (lambda _: True) if limit is None else Source(*limit).__ge__
+        _, checkpoint, limit = said[0]
+        may = Limit.from_json(limit).allows if limit is not None else lambda _: True
         loads = None if checkpoint is None else Source(checkpoint, False)
         loads = loads if loads is not None and may(loads) else None
         for name in sorted(held, reverse=True):

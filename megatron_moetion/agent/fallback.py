@@ -68,6 +68,35 @@ BEGUN_AFRESH = Begun()
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What may be begun from once all begin again.
+
+    Attributes:
+        best: what the leader has chosen; where that is not sound, what is worse will do.
+        highest: see `Begun`; that one counted.
+    """
+
+    best: Source
+    highest: Source
+
+    def allows(self, source: Source) -> bool:
+        """Whether it may be begun from. A checkpoint may just have been named that is newer than
+        all: workers go on until they are told.
+        """
+        return source <= self.best or (source > self.highest and not source.is_spill)
+
+    def to_json(self) -> list[Any]:
+        """For other agents."""
+        return [astuple(self.best), astuple(self.highest)]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Limit:
+        """Inverse of `to_json`."""
+        best, highest = data
+        return cls(Source(*best), Source(*highest))
+
+
+@dataclass(frozen=True)
 class Stored:
     """What one node finds on disk, for all to begin from.
 
@@ -104,31 +133,27 @@ class FallBack:
     """Why an agent begins again.
 
     Attributes:
-        source: what to begin from; where it turns out not to be sound, the next worse one.
-        highest: see `Begun`.
+        limit: what to begin from.
         fired: scripted faults that have been injected, by index.
         node_rank: of an agent that stood by when it was started and has had a place since; None
             leaves it to the command line.
         tried: against failures so far, in times of the clock that all processes of a host share.
     """
 
-    source: Source
-    highest: Source
+    limit: Limit
     fired: tuple[int, ...] = ()
     node_rank: int | None = None
     tried: Tried = NOTHING_TRIED
 
     def to_json(self) -> list[Any]:
         """For the other agents, and for this one when it begins again."""
-        sources = [astuple(self.source), astuple(self.highest)]
-        return [*sources, self.fired, self.node_rank, self.tried.to_json()]
+        return [self.limit.to_json(), self.fired, self.node_rank, self.tried.to_json()]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> FallBack:
         """Inverse of `to_json`."""
-        source, highest, fired, node_rank, tried = data
-        told = Tried.from_json(tried)
-        return cls(Source(*source), Source(*highest), tuple(fired), node_rank, told)
+        limit, fired, node_rank, tried = data
+        return cls(Limit.from_json(limit), tuple(fired), node_rank, Tried.from_json(tried))
 
 
 def way_on(source: Source | None, protected: bool) -> str:

@@ -142,7 +142,9 @@ def _run(args: argparse.Namespace, fall_back: FallBack | None, spare: Spare | No
     job = job_of(args, rendezvous, met, secret, fall_back)
     if seat is None:
         start = cold_start(job, met.store, store, fall_back)
-        highest = start.source if fall_back is None else max(start.source, fall_back.highest)
+        highest = start.source
+        if fall_back is not None:
+            highest = max(highest, fall_back.limit.highest)
         job = replace(job, begun=Begun(highest, start.source))
     return Node(job, met.listener, store, start.record, spare, seat).run()
 
@@ -330,7 +332,7 @@ def cold_start(
         print(f"moetion-run: {line}", file=sys.stderr)
     checkpoint = load_patches("checkpoint").newest(job.script_args)
     share = share_over(exchange, job.members)
-    limit = None if fall_back is None else fall_back.source
+    limit = None if fall_back is None else fall_back.limit
     start = ColdStart(job.spills, job.members, share, checkpoint, limit).take(store)
     exports = job.spills is not None and option(job.script_args, "--moetion-export") is not None
     if exports and start.record is None:

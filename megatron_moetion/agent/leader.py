@@ -34,6 +34,7 @@ from megatron_moetion.agent.fallback import (
     BEGUN_AFRESH,
     Begun,
     FallBack,
+    Limit,
     Source,
     Stored,
     best,
@@ -350,7 +351,7 @@ class Leader:
         print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
         tried = (end.tried or NOTHING_TRIED).with_step(source.tier, time.monotonic())
         highest = max(self._begun.highest, source)
-        return FallBack(source, highest, end.fired, tried=tried)
+        return FallBack(Limit(source, highest), end.fired, tried=tried)
 
     def _spill(self, orders: list[Order]) -> None:
         for order in orders:

@@ -23,7 +23,7 @@ from megatron_moetion.agent.coldstart import (
     share_over,
     stored,
 )
-from megatron_moetion.agent.fallback import AFRESH, Source, Stored
+from megatron_moetion.agent.fallback import AFRESH, Limit, Source, Stored
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.recovery.plan import Position, Progress
 from megatron_moetion.vault import Vault, spill
@@ -88,7 +88,7 @@ def take(
     roots: Roots,
     checkpoint: int | None = None,
     nodes: tuple[Member, ...] = NODES,
-    limits: tuple[Source | None, Source | None] = (None, None),
+    limits: tuple[Limit | None, Limit | None] = (None, None),
     seen_by_1: int | None = None,
 ) -> list[tuple[Start, list[str]]]:
     """What each node takes, and the keys of its first rank.
@@ -110,6 +110,11 @@ def take(
 
     with ThreadPoolExecutor(len(nodes)) as pool:
         return list(pool.map(run, range(len(nodes))))
+
+
+def up_to(iteration: int, is_spill: bool) -> Limit:
+    """For a job that has begun from iteration 8, too."""
+    return Limit(Source(iteration, is_spill), Source(8, True))
 
 
 def names_of(outcome: list[tuple[Start, list[str]]]) -> list[str | None]:
@@ -212,7 +217,7 @@ def test_training_does_not_begin_afresh_where_all_spills_are_damaged(
 
 
 def test_nor_where_a_spill_that_was_there_is_gone(roots: tuple[Path, Path]) -> None:
-    limits = (Source(8, True), Source(8, True))
+    limits = (up_to(8, True), up_to(8, True))
     with pytest.raises(NoSpillLeft):
         take(roots, limits=limits)
     assert taken(roots, limits=limits, checkpoint=3) == [None, None]
@@ -222,11 +227,13 @@ def test_where_the_job_begins_again_nothing_is_taken_that_is_better_than_node_0_
     spilled: tuple[Path, Path],
 ) -> None:
     # Node 1 has just come, in place of one that was lost.
-    limits = (Source(7, True), None)
+    limits = (up_to(7, True), None)
     assert taken(spilled, limits=limits) == [OLD, OLD]
     assert taken(spilled, limits=limits, checkpoint=8) == [OLD, OLD]
-    outcome = take(spilled, limits=limits, checkpoint=5)
-    assert {start.source for start, _ in outcome} == {Source(5, False)}
+    # One of iteration 9 was saved behind what node 0 saw.
+    for checkpoint in (5, 9):
+        outcome = take(spilled, limits=limits, checkpoint=checkpoint)
+        assert {start.source for start, _ in outcome} == {Source(checkpoint, False)}
     damage(spilled[0], OLD)
     with pytest.raises(NoSpillLeft):
         take(spilled, limits=limits)
@@ -240,7 +247,7 @@ def test_without_spills_the_checkpoint_is_what_a_job_begins_from(
     assert capsys.readouterr().err == "moetion-run: --load of iteration 5\n"
     assert [start.source for start, _ in take((None, None))] == [AFRESH] * 2
     assert capsys.readouterr().err == ""
-    limits = (Source(5, False), None)
+    limits = (up_to(5, False), None)
     with pytest.raises(NoSpillLeft, match=r"^--load names no Megatron checkpoint: give one"):
         take((None, None), limits=limits)
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_moetion.agent.decision import Command, End, Event
 from megatron_moetion.agent.escalation import Tier, Tried
-from megatron_moetion.agent.fallback import Begun, FallBack, Source, Stored
+from megatron_moetion.agent.fallback import Begun, FallBack, Limit, Source, Stored
 from megatron_moetion.agent.leader import Leader
 from megatron_moetion.agent.membership import Member, Members
 from megatron_moetion.events import EventLog
@@ -58,7 +58,7 @@ def test_lost_state_starts_anew_from_the_spill_everywhere(
     order = orders[0][1]
     assert (order["op"], order["reason"], order["code"]) == ("end", "no frames", 9)
     fall_back = FallBack.from_json(order["fall_back"])
-    assert (fall_back.source, fall_back.highest) == (Source(6, True), Source(6, True))
+    assert fall_back.limit == Limit(Source(6, True), Source(6, True))
     assert fall_back.fired == (1,)
     assert str(fall_back.tried) == "1 localized recovery, spill"
     anew = "moetion-run: no frames; all workers start anew from the spill of iteration 6\n"
@@ -73,8 +73,7 @@ def test_or_from_the_checkpoint_that_is_there_by_then_and_says_what_is_lost(
     end = End("no frames", 9, True, tried=tried, committed=8)
     orders = ended(end, spilled=False, begun=begun, stored=stored)
     told = [FallBack.from_json(order["fall_back"]) for _, order in orders]
-    assert [fall_back.source for fall_back in told] == [Source(5, False)] * 2
-    assert [fall_back.highest for fall_back in told] == [Source(6, True)] * 2
+    assert [each.limit for each in told] == [Limit(Source(5, False), Source(6, True))] * 2
     assert str(told[0].tried) == "1 localized recovery, spill, Megatron checkpoint"
     assert capsys.readouterr().err == (
         "moetion-run: no frames; iterations 6 to 8 are run again; all workers start anew from the"
@@ -98,7 +97,7 @@ def test_an_older_spill_only_where_the_newest_is_not_to_be_trusted() -> None:
         told = {
             order["fall_back"] and FallBack.from_json(order["fall_back"]) for _, order in orders
         }
-        assert {fall_back and fall_back.source for fall_back in told} == {expected}
+        assert {fall_back and fall_back.limit.best for fall_back in told} == {expected}
 
 
 def test_a_checkpoint_that_is_newer_is_what_the_same_command_goes_on_from(
