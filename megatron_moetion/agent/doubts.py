@@ -8,10 +8,13 @@ from megatron_moetion.agent.escalation import Tier
 class Doubts:
     """Once anything was rejected, frames are looked through in every recovery of the job; where the
     same comes again behind that, the next tier is tried.
+
+    Args:
+        before: something was, before the job started anew.
     """
 
-    def __init__(self) -> None:
-        self.any = False
+    def __init__(self, before: bool = False) -> None:
+        self.any = before
         self._leaving: set[int] = set()
         self._iteration = -1
         self._tier = Tier.LOCALIZED

@@ -138,22 +138,26 @@ class FallBack:
         node_rank: of an agent that stood by when it was started and has had a place since; None
             leaves it to the command line.
         tried: against failures so far, in times of the clock that all processes of a host share.
+        distrusted: the host has rejected what came of the state, so what is read is looked through.
     """
 
     limit: Limit
     fired: tuple[int, ...] = ()
     node_rank: int | None = None
     tried: Tried = NOTHING_TRIED
+    distrusted: bool = False
 
     def to_json(self) -> list[Any]:
         """For the other agents, and for this one when it begins again."""
-        return [self.limit.to_json(), self.fired, self.node_rank, self.tried.to_json()]
+        told = [self.fired, self.node_rank, self.tried.to_json(), self.distrusted]
+        return [self.limit.to_json(), *told]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> FallBack:
         """Inverse of `to_json`."""
-        limit, fired, node_rank, tried = data
-        return cls(Limit.from_json(limit), tuple(fired), node_rank, Tried.from_json(tried))
+        limit, fired, node_rank, tried, distrusted = data
+        told = (node_rank, Tried.from_json(tried), distrusted)
+        return cls(Limit.from_json(limit), tuple(fired), *told)
 
 
 def way_on(source: Source | None, protected: bool) -> str:

@@ -61,6 +61,7 @@ class Job:
         max_retries: of --moetion-max-retries.
         budget: of --moetion-restart-budget.
         tried: against failures, before this agent began again.
+        distrusted: before that the host had rejected what came of the state.
         lease: how long an agent that is silent counts as there; the leader's counts.
     """
 
@@ -83,6 +84,7 @@ class Job:
     max_retries: int = 3
     budget: RestartBudget = DEFAULT_BUDGET
     tried: Tried = NOTHING_TRIED
+    distrusted: bool = False
     lease: timedelta = DEFAULT_LEASE
 
     def rank_env(self, global_rank: int, epoch: int) -> dict[str, str]:

@@ -305,6 +305,7 @@ def job_of(
         max_retries=config.max_retries,
         budget=config.restart_budget,
         tried=NOTHING_TRIED if fall_back is None else fall_back.tried,
+        distrusted=fall_back is not None and fall_back.distrusted,
         lease=rendezvous.lease,
     )
 

@@ -351,7 +351,8 @@ class Leader:
         print(f"moetion-run: {end.reason}; {anew}", file=sys.stderr)
         tried = (end.tried or NOTHING_TRIED).with_step(source.tier, time.monotonic())
         highest = max(self._begun.highest, source)
-        return FallBack(Limit(source, highest), end.fired, tried=tried)
+        limit = Limit(source, highest)
+        return FallBack(limit, end.fired, tried=tried, distrusted=end.distrusted)
 
     def _spill(self, orders: list[Order]) -> None:
         for order in orders:

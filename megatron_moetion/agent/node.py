@@ -195,6 +195,7 @@ class Node:
                     max_retries=self._job.max_retries,
                     budget=self._job.budget,
                     tried=self._job.tried,
+                    distrusted=self._job.distrusted,
                     replaces_nodes=self._job.replaces_nodes,
                 )
                 if self._job.protected

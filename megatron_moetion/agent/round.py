@@ -54,6 +54,7 @@ class Round:
         replaces_nodes: what a lost node held is on other nodes, and another may take its place.
         budget: localized recoveries within a time, after which the next tier is tried.
         tried: against failures, before this job started anew from disk.
+        distrusted: before that the host had rejected what came of the state.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Round:
         replaces_nodes: bool = False,
         budget: RestartBudget = DEFAULT_BUDGET,
         tried: Tried = NOTHING_TRIED,
+        distrusted: bool = False,
     ) -> None:
         self.epoch = 0
         self._nodes = ranks_of_node
@@ -88,7 +90,7 @@ class Round:
         self._budget, self._tried = budget, tried
         self._restarting: set[int] = set()
         self._rebuilt: set[int] = set()
-        self._doubts = Doubts()
+        self._doubts = Doubts(distrusted)
 
     @property
     def phase(self) -> Phase:

@@ -28,6 +28,13 @@ def test_where_it_comes_again_behind_frames_that_were_looked_through_the_next_ti
     assert tiers == [*Tier]
 
 
+def test_what_was_rejected_before_a_start_anew_has_the_first_frames_looked_through() -> None:
+    doubts = Doubts(before=True)
+    assert doubts.any
+    doubts.looks_through()
+    assert doubts.raised(5) is Tier.LOCALIZED
+
+
 def test_further_on_it_is_something_new() -> None:
     doubts = Doubts()
     doubts.looks_through()

@@ -151,7 +151,7 @@ def test_it_is_the_same_process_with_the_same_command_line() -> None:
 
 def test_no_child_sees_why(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = Tried((1.0,), ((Tier.MEMORY, 2.0),))
-    told = FallBack(Limit(checkpoint(6), spill(8)), (1,), node_rank=2, tried=tried)
+    told = FallBack(Limit(checkpoint(6), spill(8)), (1,), 2, tried, distrusted=True)
     monkeypatch.setenv(VARIABLE, json.dumps(told.to_json()))
     assert inherited() == told
     assert VARIABLE not in os.environ

@@ -98,6 +98,7 @@ def test_an_older_spill_only_where_the_newest_is_not_to_be_trusted() -> None:
             order["fall_back"] and FallBack.from_json(order["fall_back"]) for _, order in orders
         }
         assert {fall_back and fall_back.limit.best for fall_back in told} == {expected}
+        assert {fall_back.distrusted for fall_back in told if fall_back} <= {True}
 
 
 def test_a_checkpoint_that_is_newer_is_what_the_same_command_goes_on_from(
