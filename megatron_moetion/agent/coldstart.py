@@ -94,6 +94,7 @@ class ColdStart:
         held = set.intersection(*(set(names) for names, _, _ in said))
         # An agent that has just come to a job that begins again knows of no limit.
         _, checkpoint, limit = said[0]
+        seen = [checkpoint for _, checkpoint, _ in said]
         may = Limit.from_json(limit).allows if limit is not None else lambda _: True
         loads = None if checkpoint is None else Source(checkpoint, False)
         loads = loads if loads is not None and may(loads) else None
@@ -102,15 +103,16 @@ class ColdStart:
             if not may(source):
                 continue
             if loads is not None and loads > source:
+                _agree(seen)
                 newer = f"the checkpoint of iteration {checkpoint} is newer"
                 self._say(f"not started from the spill of iteration {source.iteration}: {newer}")
-                break
+                return Start(loads)
             record = self._load(name, store)
             if record is not None:
                 older = "" if checkpoint is None else f"; the checkpoint is of {checkpoint}"
                 self._say(f"starting from {source} in {self.root}{older}")
                 return Start(source, record)
-        _agree([seen for _, seen, _ in said])
+        _agree(seen)
         return self._without_spill(loads, begun=bool(held) or limit is not None)
 
     def _without_spill(self, loads: Source | None, begun: bool) -> Start:

@@ -432,6 +432,7 @@ class Round:
         if not self._answers.positions:
             # Nobody lives; what the dead said last, their agents know.
             self._committed = _furthest(positions)
+            self._reached = max(self._reached, self._committed)
         reports = {str(rank): position for rank, position in self._answers.positions.items()}
         known = positions | reports
         facts = {

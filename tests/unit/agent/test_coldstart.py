@@ -173,9 +173,14 @@ def test_without_any_the_start_is_fresh_and_says_so(
 
 @pytest.mark.parametrize(("checkpoint", "expected"), [(7, NEW), (8, NEW), (9, None), (None, NEW)])
 def test_a_checkpoint_of_the_host_wins_only_if_it_is_newer(
-    spilled: tuple[Path, Path], checkpoint: int | None, expected: str | None
+    spilled: tuple[Path, Path],
+    checkpoint: int | None,
+    expected: str | None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert taken(spilled, checkpoint=checkpoint) == [expected, expected]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("not started from the spill of iteration 8" in line) == (expected is None)
 
 
 def test_another_layout_is_refused(spilled: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -626,8 +627,12 @@ def test_a_cold_start_is_the_death_of_everybody_at_the_iteration_of_the_spill() 
     (facts,) = notices(commands, "facts")
     assert facts.global_ranks == WORLD
     assert (facts.message["committed"], facts.message["dead"]) == (8, list(WORLD))
-    drive(leader, set(WORLD), Phase.TRAINING)
-    assert leader.phase is Phase.TRAINING
+    going = copy.deepcopy(leader)
+    drive(going, set(WORLD), Phase.TRAINING)
+    assert going.phase is Phase.TRAINING
+    # What would be run again if that had to be given up.
+    (end,) = ends(leader.feed(say(3, "hopeless", reason="no frames", state_lost=True)))
+    assert end.committed == 8
 
 
 def test_a_death_in_a_cold_start_is_recovered_from_like_any_other() -> None:
