@@ -6,6 +6,8 @@ Both look through static and class methods, and through wrappers that say what t
 import hashlib
 import inspect
 import textwrap
+from collections.abc import Hashable
+from functools import cache
 from typing import Any
 
 
@@ -52,6 +54,12 @@ def signature_of(host: Any) -> str:
 def source_digest(host: Any) -> str:
     """Returns 12 hex digits of the SHA-256 of the callable's source; empty without a source."""
     function = function_of(host)
+    return _digest_of(function) if isinstance(function, Hashable) else ""
+
+
+@cache
+def _digest_of(function: Any) -> str:
+    # Cached: looking for a source takes milliseconds, and a warm process does it for its workers.
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

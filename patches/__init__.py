@@ -18,7 +18,7 @@ PREIMPORT: tuple[str, ...] = (
     "megatron.training.arguments",
     "megatron.training.training",
     "megatron.core.tokenizers.text.models",
-    "megatron_moetion_patches.core_0_19.training",
+    "megatron_moetion_patches.core_0_19.warm",
 )
 """What a warm spare imports before it knows which rank it will be."""
 

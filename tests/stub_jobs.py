@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_moetion.events import read
+from tests.nursery import Launcher, Nursery
 from tests.waiting import readable
 
+COMMAND = (sys.executable, "-m", "megatron_moetion.agent")
 STUB = str(Path(__file__).parent / "unit" / "agent" / "stub_worker.py")
+Process = Launcher | subprocess.Popen[str]
 LIMIT_SECONDS = 240
 
 
@@ -32,23 +38,53 @@ class Outcome:
         ]
 
 
-def launch(argv: list[str], *script: str, stub: bool = True, **env: str) -> subprocess.Popen[str]:
+@cache
+def _nursery() -> Nursery:
+    nursery = Nursery(_environment())
+    atexit.register(nursery.close)
+    return nursery
+
+
+def _environment(**env: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        "MOETION_PREIMPORT": "torch",
+        **env,
+    }
+
+
+def launch(argv: list[str], *script: str, afresh: bool = False, **env: str) -> Process:
+    """Starts an agent of a job of stub workers.
+
+    Args:
+        argv: of `moetion-run`.
+        script: arguments of the stub.
+        afresh: everything is started as for a user, not from the nursery.
+    """
+    if afresh:
+        return launch_plain([*argv, STUB, *script], **env)
+    out, errors = (os.fdopen(os.memfd_create(name), "w+") for name in ("out", "errors"))
+    return _nursery().start([*COMMAND, *argv, STUB, *script], _environment(**env), out, errors)
+
+
+def launch_plain(argv: list[str], **env: str) -> subprocess.Popen[str]:
+    """Starts an agent as for a user.
+
+    Args:
+        argv: of `moetion-run`, with the program that it is to run.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_moetion.agent", *argv, *([STUB] * stub), *script],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": "1",
-            "MOETION_PREIMPORT": "torch",
-            **env,
-        },
+        [*COMMAND, *argv],
+        env=_environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(processes: list[subprocess.Popen[str]], directory: Path) -> Outcome:
+def finish(processes: Sequence[Process], directory: Path) -> Outcome:
     outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
     codes = [process.returncode for process in processes]
     return Outcome(codes, "".join(errors for _, errors in outputs), read(directory))

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moetion.events import read
 from tests.ports import free_port
-from tests.stub_jobs import LIMIT_SECONDS, gone, launch, protected
+from tests.stub_jobs import LIMIT_SECONDS, Process, gone, launch, protected
 
 LEASE = 3
 """Seconds; the cores may be taken by other tests for a part of that."""
@@ -18,7 +18,6 @@ END_SECONDS = 10
 """Within which every process of a job has ended after a signal."""
 FOR_EVER = 10**9
 TICK_SECONDS = 0.05
-Process = subprocess.Popen[str]
 
 
 class Nodes:
@@ -27,23 +26,24 @@ class Nodes:
     Args:
         directory: of the run's events; beside it is the agents' folder for temporary files.
         script: arguments of the stub.
+        afresh: everything is started as for a user, not from the nursery.
         env: for the agents and their workers.
     """
 
-    def __init__(self, directory: Path, *script: str, **env: str) -> None:
+    def __init__(self, directory: Path, *script: str, afresh: bool = False, **env: str) -> None:
         self.directory, self.temporary = directory / "run", directory / "tmp"
         self.temporary.mkdir()
         self.argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(free_port())]
         self.script = protected(self.directory, iterations=FOR_EVER)
         self.script += ["--pace", "0.05", "--moetion-lease", str(LEASE), *script]
-        self.env = env
+        self.env, self.afresh = env, afresh
         self.all: list[Process] = []
         self.leader: Process | None = None
 
     def start(self, *words: str, label: str) -> Process:
         argv = [*self.argv, *words, "--failure-domain", label]
         env = {"MOETION_SECRET": "ab" * 16, "TMPDIR": str(self.temporary), **self.env}
-        self.all.append(launch(argv, *self.script, **env))
+        self.all.append(launch(argv, *self.script, afresh=self.afresh, **env))
         return self.all[-1]
 
     def members(self, *words: str) -> tuple[Process, Process]:
@@ -61,7 +61,7 @@ class Nodes:
         return self.leader
 
     def standby(self, number: int = 1) -> Process:
-        process = self.start("--standby", "--spares", "0", label="spare")
+        process = self.start("--standby", label="spare")
         self.until("parked", number)
         return process
 

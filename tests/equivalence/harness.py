@@ -21,17 +21,16 @@ from filelock import FileLock
 from launch.demo.model_args import model_args
 from megatron_moetion import digest, events
 from megatron_moetion.agent.standby import LAPSED_CODE
+from tests.nursery import ROOT, Launcher, Nursery
 from tests.ports import free_port
 
 from . import matrix
-from .nursery import ROOT, Launcher, Nursery
 
 PRETRAIN = Path(__file__).with_name("demo_pretrain.py")
 SABOTAGED = Path(__file__).with_name("sabotaged_pretrain.py")
 AGENT, TORCHRUN = "megatron_moetion.agent", "torch.distributed.run"
-Starter = Callable[
-    [Sequence[str], Mapping[str, str], IO[str]], "Launcher | subprocess.Popen[bytes]"
-]
+Started = Launcher | subprocess.Popen[bytes]
+Starter = Callable[[Sequence[str], Mapping[str, str], IO[str], IO[str]], Started]
 CUTS = ("stage", "shard")
 LINE = re.compile(
     r"iteration +(\d+)/.*?consumed samples: +(\d+) .*?learning rate: (\S+) "
@@ -204,12 +203,11 @@ def domain(node: int) -> dict[str, str]:
 
 
 def _start_afresh(
-    command: Sequence[str], env: Mapping[str, str], out: IO[str]
+    command: Sequence[str], env: Mapping[str, str], out: IO[str], errors: IO[str]
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command, cwd=ROOT, env=env,
-        stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=errors
+    )
 
 
 def _command(launcher: str, num_nodes: int, port: int | None) -> list[str]:
@@ -274,8 +272,8 @@ def _launch(
     commands = [[*command, "--nproc-per-node", *place, *program] for place in places]
     with (directory / "log").open("w") as out:
 
-        def start(node: int) -> Launcher | subprocess.Popen[bytes]:
-            started = starter(commands[node], {**environments[node], **shared}, out)
+        def start(node: int) -> Started:
+            started = starter(commands[node], {**environments[node], **shared}, out, out)
             (directory / f"launcher-{node}.pid").write_text(str(started.pid))
             return started
 

@@ -12,6 +12,8 @@ import pytest
 from megatron_moetion.patch_location import activated
 
 pytest.importorskip("megatron.core", reason="the host is not installed")
+# One process answers for all tests, so they are dealt out together.
+pytestmark = pytest.mark.xdist_group("host report")
 
 REPORT = Path(__file__).parent / "host_report.py"
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("megatron.core", reason="the host is not installed")
+# One process answers for all tests, so they are dealt out together.
+pytestmark = pytest.mark.xdist_group("doctor")
 
 ROOT = Path(__file__).resolve().parents[2]
 

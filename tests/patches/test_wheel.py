@@ -15,6 +15,8 @@ if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("p
     pytest.skip("building a wheel needs pip and setuptools", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
+# One wheel is built for all tests, so they are dealt out together.
+pytestmark = pytest.mark.xdist_group("wheel")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.stub_jobs import (
     finish,
     gone,
     launch,
+    launch_plain,
     protected,
 )
 from tests.stub_nodes import Nodes, ended
@@ -80,7 +81,6 @@ def test_several_agents_recover_and_fetch_from_each_other(tmp_path: Path) -> Non
 def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
     master_port, iterations = free_port(), 3000
     argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(master_port)]
-    argv += ["--spares", "0"]
     script = protected(tmp_path, "1:1500", iterations=iterations)
     nodes = [
         launch(
@@ -216,7 +216,7 @@ def test_a_worker_that_fails_before_it_is_protected_ends_the_job_with_its_code(
 ) -> None:
     argv = ["--nproc-per-node", "2", "--no-python"]
     script = ["bash", "-c", "exit 2", *flags, "--moetion-dir", str(tmp_path)]
-    outcome = finish([launch(argv, *script, stub=False)], tmp_path)
+    outcome = finish([launch_plain([*argv, *script])], tmp_path)
     assert outcome.codes == [2]
     assert outcome.errors.count("moetion-run:") == 1
 
@@ -224,7 +224,7 @@ def test_a_worker_that_fails_before_it_is_protected_ends_the_job_with_its_code(
 def test_a_plain_command_runs_and_its_children_are_not_left_behind(tmp_path: Path) -> None:
     argv = ["--nproc-per-node", "2", "--no-python"]
     command = "sleep 600 & echo $! > $DIR/$RANK; echo $RANK of $WORLD_SIZE"
-    process = launch(argv, "bash", "-c", command, stub=False, DIR=str(tmp_path))
+    process = launch_plain([*argv, "bash", "-c", command], DIR=str(tmp_path))
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0
     assert sorted(output.splitlines()) == ["0 of 2", "1 of 2"]
@@ -237,7 +237,7 @@ def test_a_plain_command_runs_and_its_children_are_not_left_behind(tmp_path: Pat
 )
 def test_ending_the_launcher_ends_the_workers(number: int, code: int) -> None:
     hang = "echo $$; sleep 600"
-    process = launch(["--nproc-per-node", "2", "--no-python"], "bash", "-c", hang, stub=False)
+    process = launch_plain(["--nproc-per-node", "2", "--no-python", "bash", "-c", hang])
     assert process.stdout is not None
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(number)
@@ -250,7 +250,7 @@ def test_the_end_of_one_agent_ends_the_others_with_one_line() -> None:
     argv += ["--master-port", str(free_port())]
     hang = ["bash", "-c", "echo $$; sleep 600"]
     leader, other = (
-        launch([*argv, "--node-rank", str(node)], *hang, stub=False, MOETION_SECRET="ab" * 16)
+        launch_plain([*argv, "--node-rank", str(node), *hang], MOETION_SECRET="ab" * 16)
         for node in range(2)
     )
     for process in (leader, other):
@@ -271,7 +271,7 @@ def test_several_workers_killed_at_once_each_get_a_warm_spare_also_where_none_ca
     (tmp_path / "threaded.py").write_text(f"import threading\n{thread}\n")
     env = {"MOETION_PREIMPORT": "torch,threaded"}
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    job = Nodes(tmp_path, "--until", str(tmp_path / "over"), **env)
+    job = Nodes(tmp_path, "--until", str(tmp_path / "over"), afresh=True, **env)
     try:
         leader = job.alone(3, "--spares", "2")
         for number, ranks in ((1, (1, 2)), (2, (0, 2))):

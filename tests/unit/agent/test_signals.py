@@ -23,8 +23,9 @@ Make = Callable[..., Nodes]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Nodes] = []
 
-    def make(*script: str, **env: str) -> Nodes:
-        made.append(Nodes(tmp_path, *script, "--moetion-hang-factor", "0", **env))
+    def make(*script: str, afresh: bool = False, **env: str) -> Nodes:
+        words = [*script, "--moetion-hang-factor", "0"]
+        made.append(Nodes(tmp_path, *words, afresh=afresh, **env))
         return made[-1]
 
     yield make
@@ -67,7 +68,7 @@ def test_while_a_spare_still_imports_and_all_workers_wait_for_it(
     lines = ["import pathlib, signal", f"pathlib.Path({str(here)!r}).touch()", "signal.pause()"]
     (tmp_path / "endless.py").write_text("\n".join(lines))
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    nodes = make(MOETION_PREIMPORT="endless", PYTHONPATH=path)
+    nodes = make(afresh=True, MOETION_PREIMPORT="endless", PYTHONPATH=path)
     nodes.argv = ["--nproc-per-node", "2"]
     nodes.leader = nodes.start(label="rack-0")
     # The agent may not have its handlers yet: until then it ends as any program does.

@@ -6,7 +6,12 @@ import os
 import socket
 from typing import Any
 
+import pytest
+
 from megatron_moetion.recovery.abort import cut, open_sockets
+
+# One pair of ranks answers for both files, so their tests are dealt out together.
+pytestmark = pytest.mark.xdist_group("two ranks")
 
 
 def test_one_ranks_abort_wakes_waiting_threads_of_both_ranks(

@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from megatron_moetion.recovery.regroup import GroupRecorder
 
+# One pair of ranks answers for both files, so their tests are dealt out together.
+pytestmark = pytest.mark.xdist_group("two ranks")
+
 
 @pytest.mark.parametrize("epoch", ["first", "second"])
 class TestTwoRealRanks:

@@ -1,6 +1,7 @@
 """gloo where NCCL was asked for."""
 
 import inspect
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,22 @@ def test_groups_that_ask_for_nccl_get_gloo(apart):
         tensor = torch.ones(2)
         dist.all_reduce(tensor, group=group)
         assert tensor.tolist() == [1.0, 1.0]
+        dist.destroy_process_group()
+
+    apart(body)
+
+
+def test_all_groups_share_one_thread_that_watches_connections(apart):
+    def body():
+        collectives.install()
+        dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+        groups = [dist.new_group([0]) for _ in range(5)]
+        tasks = Path("/proc/self/task")
+        names = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
+        assert names.count("gloo_tcp_loop") == 1
+        assert len({id(group) for group in groups}) == 5
+        for group in groups:
+            dist.barrier(group)
         dist.destroy_process_group()
 
     apart(body)

@@ -3,10 +3,10 @@
 The agents of a run and their spares are forked from this program in place of being started afresh,
 and workers from the spare as ever. What is left out is what an interpreter does before and after a
 program: the imports, and taking a large heap apart, half of what a short run costs. A run that asks
-for it (`Runner.run`, `afresh`) has all of it, and so have workers that torchrun starts, agents that
-replace themselves, and spares that replace one.
+for it (`Runner.run` and `stub_jobs.launch`, `afresh`) has all of it, and so have workers that
+torchrun starts, agents that replace themselves, and spares that replace one.
 
-As a program: `python -u -m tests.equivalence.nursery FD`; requests come by the socket FD.
+As a program: `python -u -m tests.nursery FD`; requests come by the socket FD.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,40 +29,68 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from megatron_moetion.agent import spare, spares, supervision, tether
+from tests.waiting import readable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MAX_REQUEST = 1 << 17
 
 
 class Launcher:
-    """A launcher that was forked; like `subprocess.Popen`, as far as that is used here."""
+    """A launcher that was forked; like `subprocess.Popen`, as far as that is used here.
 
-    def __init__(self, report: socket.socket) -> None:
-        self._report = report
+    Args:
+        report: where its parent tells its pid and how it ended.
+        written: the files that it writes to.
+    """
+
+    def __init__(
+        self, command: Sequence[str], report: socket.socket, written: Sequence[IO[str]]
+    ) -> None:
+        self._command, self._report, self._written = command, report, written
         message, fds, *_ = socket.recv_fds(report, MAX_REQUEST, 1)
         assert message, "the nursery has ended; what it wrote says why"
         self.pid: int = json.loads(message)
         (self._pidfd,) = fds
-        self._code: int | None = None
+        self.returncode: int | None = None
 
-    def wait(self, timeout: float | None) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """Its exit code, negative for a signal.
 
         Raises:
-            TimeoutError: it goes on.
+            subprocess.TimeoutExpired: it goes on.
         """
-        if self._code is None:
-            self._report.settimeout(timeout)
-            self._code = json.loads(self._report.recv(MAX_REQUEST))
+        if self.returncode is None:
+            if timeout is not None and not readable(self._report.fileno(), timeout):
+                raise subprocess.TimeoutExpired(self._command, timeout)
+            self.returncode = json.loads(self._report.recv(MAX_REQUEST))
             self._report.close()
             os.close(self._pidfd)
-        return self._code
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, ...]:
+        """Waits for its end; what it and its workers have written, file by file.
+
+        Raises:
+            subprocess.TimeoutExpired: it goes on.
+        """
+        self.wait(timeout)
+        return tuple(Path(f"/proc/self/fd/{file.fileno()}").read_text() for file in self._written)
+
+    def poll(self) -> int | None:
+        """Its exit code, None as long as it goes on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
-        if self._code is None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
 
 class Nursery:
@@ -75,25 +104,33 @@ class Nursery:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         # Unbuffered, as spares are.
-        command = [sys.executable, "-u", "-m", "tests.equivalence.nursery", str(theirs.fileno())]
+        command = [sys.executable, "-u", "-m", "tests.nursery", str(theirs.fileno())]
         with theirs:
             self._program = subprocess.Popen(
                 command, cwd=ROOT, env=dict(env),
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
             )  # fmt: skip
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], out: IO[str]) -> Launcher:
+    def start(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        out: IO[str],
+        errors: IO[str],
+    ) -> Launcher:
         """Starts a launcher.
 
         Args:
             command: `python ... -m MODULE ...`.
-            out: for all that the run writes.
+            out: for what the run writes.
+            errors: for its standard error; may be the same.
         """
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"command": list(command), "env": dict(env)}).encode()
         with theirs, self._lock:
-            socket.send_fds(self._socket, [request], [out.fileno(), theirs.fileno()])
-        return Launcher(report)
+            files = [out.fileno(), errors.fileno(), theirs.fileno()]
+            socket.send_fds(self._socket, [request], files)
+        return Launcher(command, report, (out, errors))
 
     def close(self) -> None:
         """Ends the program; all runs are over."""
@@ -114,7 +151,7 @@ def main() -> None:
     if obstacle:
         sys.exit(f"the nursery cannot fork: {obstacle}")
     while True:
-        request, fds, *_ = socket.recv_fds(asked, MAX_REQUEST, 2)
+        request, fds, *_ = socket.recv_fds(asked, MAX_REQUEST, 3)
         _reap(0 if not request else os.WNOHANG)
         if not request:
             return
@@ -130,12 +167,12 @@ def _reap(options: int) -> None:
             pass
 
 
-def _watch(out: int, report: int, command: list[str], env: dict[str, str]) -> NoReturn:
+def _watch(out: int, errors: int, report: int, command: list[str], env: dict[str, str]) -> NoReturn:
     """The parent of one launcher: tells its pid and how it ended."""
     pid = os.fork()
     if pid == 0:
         os.dup2(out, 1)
-        os.dup2(out, 2)
+        os.dup2(errors, 2)
         _become_launcher(command, env)
     with socket.socket(fileno=report) as told:
         socket.send_fds(told, [json.dumps(pid).encode()], [os.pidfd_open(pid)])
@@ -184,6 +221,8 @@ def _inherit_only(env: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         os.closerange(low + 1, high)
     os.environ.clear()
     os.environ.update(env)
+    # Where that is was looked up under another environment.
+    tempfile.tempdir = None
 
 
 def _run(program: Callable[[], object]) -> NoReturn:
