@@ -28,7 +28,7 @@ from megatron_moetion.agent.fallback import (
     next_source,
     way_on,
 )
-from tests.stub_jobs import finish, launch, protected
+from tests.stub_jobs import finish, launch_plain, protected
 
 PROGRAM = """
 import os, sys
@@ -169,7 +169,7 @@ def test_without_spills_a_job_goes_down_to_the_checkpoint_once_and_then_ends(
     script = [*protected(tmp_path, *deaths, iterations=20), "--moetion-restart-budget", "1/3600"]
     loads = ["--load", str(tmp_path), "--save-at", "6"]
     argv = ["--nproc-per-node", "2", SAVING, *loads]
-    outcome = finish([launch(argv, *script, stub=False)], tmp_path)
+    outcome = finish([launch_plain([*argv, *script])], tmp_path)
     assert outcome.codes == [137], outcome.errors
     assert [e["tier"] for e in outcome.of("escalated")] == ["memory restart", "spill"]
     (fell_back,) = outcome.of("fell-back")
