@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import io
 import json
 import os
 import runpy
@@ -185,6 +186,7 @@ def _watch(out: int, errors: int, report: int, command: list[str], env: dict[str
 
 def _become_launcher(command: list[str], env: dict[str, str]) -> NoReturn:
     _inherit_only(env)
+    _write_at_once(lines=True)
     module = command.index("-m") + 1
     sys.argv = command[module:]
     # An agent that replaces itself is started afresh by these.
@@ -206,6 +208,7 @@ def _start_spare(
         tether.tie(agent)
         os.setsid()
         _inherit_only(env, pass_fds)
+        _write_at_once(lines=False)
         _run(lambda: runpy.run_path(spares.PROGRAM, run_name="__main__"))
     os.close(begin)
     # At its end, which is when the spare has its own process group.
@@ -223,6 +226,13 @@ def _inherit_only(env: Mapping[str, str], fds: Sequence[int] = ()) -> None:
     os.environ.update(env)
     # Where that is was looked up under another environment.
     tempfile.tempdir = None
+
+
+def _write_at_once(*, lines: bool) -> None:
+    """As without and with `-u`. A line in two pieces may have another process's between them."""
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=lines, write_through=not lines)
 
 
 def _run(program: Callable[[], object]) -> NoReturn:
