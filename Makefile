@@ -8,9 +8,10 @@ PY := .venv/bin/python
 STAMP := .venv/set-up.stamp
 # Several ranks share the machine's cores; more threads than that only wait for each other.
 export OMP_NUM_THREADS := 1
-# A core is idle for a quarter of the time while one run's ranks wait for each other. Of the ways to
-# deal tests out, this one keeps their order and gives a process one more when it has one left.
-TWO_AT_A_TIME := -n 2 --dist loadgroup
+# A core is idle for a quarter of the time while one run's ranks wait for each other, and some tests
+# wait for a limit to pass. Of the ways to deal tests out, this one keeps their order and gives a
+# process one more when it has one left.
+THREE_AT_A_TIME := -n 3 --dist loadgroup
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -19,7 +20,7 @@ demo: $(STAMP)  ## train twice, kill a worker in the second run, compare every b
 	$(PY) launch/demo/run.py
 
 test: lint  ## lint, then every test; the slowest ones are listed at the end
-	$(PY) -m pytest $(TWO_AT_A_TIME) --durations=15 --durations-min=1 $(PYTEST_ARGS)
+	$(PY) -m pytest $(THREE_AT_A_TIME) --durations=15 --durations-min=1 $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, and whether patches/README.md fits the patch rows
 	$(PY) -m ruff check .

@@ -26,16 +26,24 @@ class Nodes:
     Args:
         directory: of the run's events; beside it is the agents' folder for temporary files.
         script: arguments of the stub.
+        pace: seconds of an iteration, at least.
         afresh: everything is started as for a user, not from the nursery.
         env: for the agents and their workers.
     """
 
-    def __init__(self, directory: Path, *script: str, afresh: bool = False, **env: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *script: str,
+        pace: str = "0.05",
+        afresh: bool = False,
+        **env: str,
+    ) -> None:
         self.directory, self.temporary = directory / "run", directory / "tmp"
         self.temporary.mkdir()
         self.argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(free_port())]
         self.script = protected(self.directory, iterations=FOR_EVER)
-        self.script += ["--pace", "0.05", "--moetion-lease", str(LEASE), *script]
+        self.script += ["--pace", pace, "--moetion-lease", str(LEASE), *script]
         self.env, self.afresh = env, afresh
         self.all: list[Process] = []
         self.leader: Process | None = None

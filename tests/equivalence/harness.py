@@ -38,6 +38,8 @@ LINE = re.compile(
 )
 OVER = '{"kind":"over","who":"test","time":0,"monotonic_ns":0}\n'
 """Ends what `follow` reads; an event that is none, so that it may stand in either kind of file."""
+MICROBATCHES = 3
+"""Of an iteration, on each rank: two stages warm up, alternate, and cool down as with four."""
 LIMIT_SECONDS = 900
 """A run that hangs is killed, not waited for; far above what any of them takes."""
 
@@ -159,9 +161,8 @@ class Runner:
             afresh: everything is started and ends as for a user, not from the nursery.
         """
         directory = self.scratch / name
-        words = model_args(
-            variant, train_iters=iterations, data_prefix=self._data_prefix, **(model or {})
-        )
+        sizes = {"num_microbatches": MICROBATCHES, **(model or {})}
+        words = model_args(variant, train_iters=iterations, data_prefix=self._data_prefix, **sizes)
         # The last of two equal flags counts. Decay reaches beyond the longest run, so that every
         # step shows. Two experts on a rank are as good as four, and faster.
         words += ["--num-layers", str(layers), "--num-experts", "4"]

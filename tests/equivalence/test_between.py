@@ -22,7 +22,7 @@ from .harness import (
 
 ITERATIONS = 22
 FLAGS = ["--log-interval", "4", "--eval-interval", "4", "--eval-iters", "2", "--save-interval", "7"]
-"""An evaluation is eight passes on each rank: two iterations of four microbatches."""
+"""An evaluation is six passes on each rank: two iterations of three microbatches."""
 SAVED = [7, 14, 21, 22]
 VALIDATION = re.compile(r"validation loss at (.*? lm loss PPL: \S+)")
 WRITES = re.compile(r"saving checkpoint at iteration +(\d+)")

@@ -1,7 +1,7 @@
 """The headline: off == on without failure == on with failures, on hashes, logged losses and log
 lines.
 
-PP2 x EP2 on four processes: ranks 0 and 1 are stage 0, ranks 2 and 3 the last stage. Four
+PP2 x EP2 on four processes: ranks 0 and 1 are stage 0, ranks 2 and 3 the last stage. Three
 microbatches per iteration, fresh data, gradient clipping, warm-up and decay. Many failures share a
 run, seven iterations apart, so that windows of four are hit at each of their frames.
 """
@@ -151,7 +151,7 @@ def test_a_failure_in_iterations_one_and_two_and_any_kind_of_death_is_recovered(
 ) -> None:
     faults = (
         "kill:global_rank=3,iteration=1,at=backward:2",
-        "kill:global_rank=0,iteration=2,at=forward:3",
+        "kill:global_rank=0,iteration=2,at=forward:2",
         "raise:global_rank=2,iteration=13,at=forward:2",
         "exit:global_rank=1,iteration=24,at=end",
     )

@@ -11,7 +11,7 @@ from .test_identity import PLACES
 
 ITERATIONS = 14
 # By the last backward pass the others' routers have counted nearly all tokens of an iteration.
-FAILURES = [(3, 4, "backward:3"), (1, 9, "optimizer")]
+FAILURES = [(3, 4, "backward:2"), (1, 9, "optimizer")]
 RANDOM = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
 SHARED = ["--moe-shared-expert-intermediate-size", "64"]
 SCALE = ["--loss-scale-window", "2", "--hysteresis", "1"]
@@ -35,14 +35,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model_flags": ["--optimizer", "sgd"],
     },
     "tensor-parallel": {"model": {"tp_size": 2, "ep_size": 1, "dp_size": 1}},
-    "interleaved": {"variant": "overlap", "layers": 4, "model": {"layers_per_virtual_stage": 1}},
+    # The host wants a multiple of the stages.
+    "interleaved": {
+        "variant": "overlap",
+        "layers": 4,
+        "model": {"layers_per_virtual_stage": 1, "num_microbatches": 4},
+    },
     # The scale is raised every three iterations until something overflows and the step is left out.
     "half": {
         "without": ["--bf16"],
         "model_flags": ["--fp16", "--initial-loss-scale", "65536", *SCALE],
+        "model": {"num_microbatches": 4},
     },
     "one-stage": {"model": {"pp_size": 1, "ep_size": 2, "dp_size": 4}},
-    "four-stages": {"layers": 4, "model": {"pp_size": 4, "ep_size": 1, "dp_size": 1}},
+    "four-stages": {
+        "layers": 4,
+        "model": {"pp_size": 4, "ep_size": 1, "dp_size": 1, "num_microbatches": 4},
+    },
 }
 CUTS = {"half": ("auto",), "one-stage": ("auto",)}
 """The stage cut is refused for these (see `patches/core_0_19/support.py`), so where the cut is left

@@ -79,34 +79,34 @@ def test_several_agents_recover_and_fetch_from_each_other(tmp_path: Path) -> Non
 
 
 def test_strangers_disturb_neither_training_nor_copying(tmp_path: Path) -> None:
-    master_port, iterations = free_port(), 3000
-    argv = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", str(master_port)]
-    script = protected(tmp_path, "1:1500", iterations=iterations)
-    nodes = [
-        launch(
-            [*argv, "--node-rank", str(node), "--failure-domain", f"rack-{node}"],
-            *(*script, "--moetion-replicas", "1"),
-            MOETION_SECRET="ab" * 16,
-        )
-        for node in (0, 1)
-    ]
-    ports = [agents_port(master_port, node, LIMIT_SECONDS) for node in (0, 1)]
-    kept = [stranger for port in ports for stranger in attack(port)]
-    tasks = [len(os.listdir(f"/proc/{node.pid}/task")) for node in nodes]
-    files = [len(os.listdir(f"/proc/{node.pid}/fd")) for node in nodes]
-    assert all(node.poll() is None for node in nodes), "the job was over before it was attacked"
-    outcome = finish(nodes, tmp_path)
-    for stranger in kept:
-        stranger.close()
-    assert_trained_to_the_end(outcome, 2, iterations)
-    assert [event["recovered"] for event in outcome.of("resumed")] == [[1]]
+    over = tmp_path / "over"
+    script = ["--moetion-replicas", "1", "--die", "1:1500", "--until", str(over)]
+    job = Nodes(tmp_path, *script, pace="0")
+    try:
+        nodes = job.members()
+        master_port = int(job.argv[-1])
+        ports = [agents_port(master_port, node, LIMIT_SECONDS) for node in (0, 1)]
+        kept = [stranger for port in ports for stranger in attack(port)]
+        tasks = [len(os.listdir(f"/proc/{node.pid}/task")) for node in nodes]
+        files = [len(os.listdir(f"/proc/{node.pid}/fd")) for node in nodes]
+        (resumed,) = job.until("resumed", 1)
+        over.touch()
+        outcome = finish(nodes, job.directory)
+        for stranger in kept:
+            stranger.close()
+    finally:
+        job.close()
+    assert outcome.codes == [0, 0], outcome.errors
+    assert resumed["recovered"] == [1]
+    first, second = (event["iteration"] for event in outcome.of("finished"))
+    assert first == second >= 1500
     assert max(tasks) < 40, tasks
     assert max(files) < 64 + 100, files
     for counted in outcome.of("counted"):
         # The last ones may still have been waiting, silent, when the job was over.
         assert counted["strangers"] >= 1005 - MAX_WAITING
         assert counted["durable"] != {}
-        assert min(counted["durable"].values()) >= iterations - 3
+        assert min(counted["durable"].values()) >= first - 3
         assert counted["strangers without the secret"] >= 5
 
 
