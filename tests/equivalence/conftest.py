@@ -14,6 +14,8 @@ from .matrix import PROPERTY
 
 LONGEST = 115
 """Iterations of the longest run; the reference that others are compared with has as many."""
+SHARED = {"killed", "hung"}
+"""Fixtures that are a run which several tests of a file look at."""
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +49,15 @@ def off(runner: Runner) -> Run:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks these tests and puts them first, as they take longest.
 
-    One makes the reference; what needs none fills the other process meanwhile.
+    One makes the reference; what needs none fills the other processes meanwhile. Tests of one run
+    are dealt out together: elsewhere they would only wait for it.
     """
     ours = [item for item in items if Path(item.fspath).parent == Path(__file__).parent]
     for item in ours:
         item.add_marker(pytest.mark.multirank)
+        for name in SHARED.intersection(getattr(item, "fixturenames", ())):
+            cut = item.callspec.params.get(name, "") if hasattr(item, "callspec") else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {cut}"))
     with_reference = [item for item in ours if "off" in item.fixturenames]
     alone = [item for item in ours if item not in with_reference]
     others = [item for item in items if item not in ours]
