@@ -46,6 +46,7 @@ def off(runner: Runner) -> Run:
     return run
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks these tests and puts them first, as they take longest.
 
