@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # A core is idle for a quarter of the time while one run's ranks wait for each other, and some tests
 # wait for a limit to pass. Of the ways to deal tests out, this one keeps their order and gives a
 # process one more when it has one left.
-THREE_AT_A_TIME := -n 3 --dist loadgroup
+THREE_AT_A_TIME := -n 3 --dist loadgroup --no-loadscope-reorder
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

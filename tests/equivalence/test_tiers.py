@@ -23,7 +23,7 @@ PLACES = (
     (0, 16, "end"),
     (3, 18, "backward:2"),
     (1, 20, "forward:1"),
-    (2, 22, "backward:3"),
+    (2, 22, "backward:2"),
 )
 """One within the budget of each tier, and one that is too many."""
 SAVED, LAST = 14, 22
