@@ -30,7 +30,7 @@ def _device() -> Any:
 
 
 class OneDevice(ProcessGroupGloo):
-    """A gloo group on the one device of this process.
+    """A gloo group on the one device of all groups of its world.
 
     Torch makes a device for each group, and each has a thread that wakes up a hundred times a
     second, whether there is anything to do or not: with the twenty groups of a small job and ranks
@@ -43,6 +43,17 @@ class OneDevice(ProcessGroupGloo):
         super().__init__(store, rank, size, options)
 
 
+def _on_another_device(host: Callable[..., Any]) -> Callable[..., Any]:
+    """``host`` (``init_process_group``) for a world whose groups share a new device."""
+
+    @functools.wraps(host)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _device.cache_clear()
+        return host(*args, **kwargs)
+
+    return wrapper
+
+
 def install() -> None:
     """Wrap the two functions that create process groups, under every name they have, and have them
     make groups on one device.
@@ -50,5 +61,7 @@ def install() -> None:
     distributed_c10d.ProcessGroupGloo = OneDevice  # type: ignore[misc]  # a name like any other
     for name in ("init_process_group", "new_group"):
         wrapper = _without_nccl(getattr(distributed_c10d, name))
+        if name == "init_process_group":
+            wrapper = _on_another_device(wrapper)
         setattr(distributed_c10d, name, wrapper)
         setattr(dist, name, wrapper)

@@ -29,17 +29,28 @@ def test_groups_that_ask_for_nccl_get_gloo(apart):
     apart(body)
 
 
-def test_all_groups_share_one_thread_that_watches_connections(apart):
-    def body():
-        collectives.install()
-        dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
-        groups = [dist.new_group([0]) for _ in range(5)]
+def test_all_groups_of_a_world_share_one_thread_and_the_next_world_has_another(apart):
+    def threads():
         tasks = Path("/proc/self/task")
         names = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
-        assert names.count("gloo_tcp_loop") == 1
-        assert len({id(group) for group in groups}) == 5
+        return names.count("gloo_tcp_loop")
+
+    def world():
+        dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+        groups = [dist.new_group([0]) for _ in range(5)]
         for group in groups:
             dist.barrier(group)
+        return groups
+
+    def body():
+        collectives.install()
+        before = world()
+        assert threads() == 1
+        dist.destroy_process_group()
+        # Somebody still holds groups of the world before.
+        after = world()
+        assert threads() == 2
+        assert len({id(group) for group in before + after}) == 10
         dist.destroy_process_group()
 
     apart(body)
