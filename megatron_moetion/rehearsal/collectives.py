@@ -1,4 +1,4 @@
-"""Stands in for NCCL: process groups that ask for it get gloo, all on one device."""
+"""Stands in for NCCL: process groups that ask for it get gloo, those of one world on one device."""
 
 import functools
 from collections.abc import Callable
@@ -35,6 +35,10 @@ class OneDevice(ProcessGroupGloo):
     Torch makes a device for each group, and each has a thread that wakes up a hundred times a
     second, whether there is anything to do or not: with the twenty groups of a small job and ranks
     that share a core, more than a tenth of all that is computed.
+
+    A world that is made anew has another device. With one for all worlds, a recovery from a second
+    failure, while groups were made, was seen to wait for its timeout: whatever the first attempt
+    had left on the thread must not be in the way of the next one.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
@@ -56,7 +60,7 @@ def _on_another_device(host: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Wrap the two functions that create process groups, under every name they have, and have them
-    make groups on one device.
+    make those of one world on one device.
     """
     distributed_c10d.ProcessGroupGloo = OneDevice  # type: ignore[misc]  # a name like any other
     for name in ("init_process_group", "new_group"):
