@@ -101,13 +101,13 @@ def assert_trained_to_the_end(outcome: Outcome, world_size: int, iterations: int
     assert sorted(event["who"] for event in finished) == [f"rank-{r}" for r in range(world_size)]
 
 
-def gone(pid: int) -> bool:
+def gone(pid: int, seconds: float = 10) -> bool:
     """Whether a process that is not ours has ended, or does so in a moment."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        return readable(pidfd, 10)
+        return readable(pidfd, seconds)
     finally:
         os.close(pidfd)

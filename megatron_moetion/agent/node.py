@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from multiprocessing import AuthenticationError
 
@@ -19,6 +20,7 @@ from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
 from megatron_moetion.agent.fallback import FallBack, Stored, best, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
+from megatron_moetion.agent.headway import LOOKS, OF_TIMEOUT, Headway, say
 from megatron_moetion.agent.items import (
     Damaged,
     FromPeer,
@@ -117,6 +119,7 @@ class Node:
         self._fired: list[int] = list(job.fired)
         self._code: int | None = None
         self._fall_back: FallBack | None = None
+        self._headway = Headway(job.timeout / OF_TIMEOUT, self._stands_still)
 
     def run(self) -> int | FallBack:
         """Run the job's part on this node, from the first worker to the last.
@@ -128,12 +131,16 @@ class Node:
         self._catch_signals()
         supervision.adopt_orphans()
         self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
+        if self._job.hang_factor:
+            self._headway.start()
         try:
-            self._spares.keep()
-            self._begin()
+            with self._headway.turn():
+                self._spares.keep()
+                self._begin()
             while self._code is None:
                 self._turn()
         finally:
+            self._headway.stop()
             if self._seat is not None:
                 self._seat.pulse.stop()
             self._equipment.replication.stop()
@@ -258,6 +265,21 @@ class Node:
         self._log.emit("lapsed", stopped_for=stopped_for)
         os._exit(LAPSED_CODE)
 
+    def _stands_still(self, where: str) -> None:
+        """The main loop makes no headway, and nobody looks after this node. In another thread."""
+        supervision.kill_now(tuple(self._children))
+        limit = self._job.timeout / OF_TIMEOUT
+        # What is on disk is not looked up: that may be what the loop waits for.
+        hint = way_on(best(self._spilled, None), self._job.protected)
+        lost = f"; tried: no tier, as node 0 hosts the job's store{hint}"
+        say(
+            f"moetion-run: node {self._own.node_rank}: this agent has stood still for"
+            f" {limit.total_seconds():g} s (a quarter of --moetion-timeout) in {where}: this node"
+            f" ends{'' if self._own.node_rank else lost}",
+            limit / LOOKS,
+        )
+        os._exit(LAPSED_CODE)
+
     @property
     def _without_leader(self) -> str:
         if not self._job.protected:
@@ -284,10 +306,14 @@ class Node:
         if self._leader is not None:
             left.append(self._leader.seconds_left())
         ready = self._selector.select(min((s for s in left if s is not None), default=None))
+        with self._headway.turn():
+            self._handle([key.data for key, _ in ready])
+
+    def _handle(self, ready: Iterable[Callable[[], None]]) -> None:
         if self._seat is not None:
             self._seat.pulse.check()
-        for key, _ in ready:
-            key.data()
+        for heard in ready:
+            heard()
         while self._code is None and not self._items.empty():
             self._take(self._items.get())
         if self._code is None:

@@ -23,6 +23,8 @@ PHASES = {
 }
 """{what the leader records: what it waits for from then on}."""
 OUTSIDE = "from outside"
+CHECKPOINT = "Megatron checkpoint"
+"""The tier; a `Source` of it is called the same."""
 PROPERTY = "recovered"
 """Under that name a report carries a row, in whatever process its test ran."""
 HARMLESS = tuple(f"Fault(kind='{kind}'" for kind in ("corrupt", "hold", "poison"))
@@ -66,7 +68,7 @@ class _Recovery:
     began_ns: int
     points: list[str] = field(default_factory=list)
     committed: int = 0
-    spill: int | None = None
+    source: str = ""
     ms: float | None = None
     workers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -98,7 +100,12 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
     for event in told:
         kind = event["kind"]
         if not event["who"].startswith("agent"):
-            if kind == "fault" and not event["fault"].startswith(HARMLESS):
+            if kind == "steady" and now is not None and now.source.startswith(CHECKPOINT):
+                # A start as any other: nothing is gathered, and nobody is told to resume.
+                now.ms = (event["monotonic_ns"] - now.began_ns) / 1e6
+                yield now
+                phase, now = "", None
+            elif kind == "fault" and not event["fault"].startswith(HARMLESS):
                 fired[int(event["who"].removeprefix("rank"))] = event["fault"]
             elif now is not None and kind in ("restored", "replayed", "went-back"):
                 now.workers.append(event)
@@ -108,7 +115,10 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
             now.points.append(_point(event, fired, num_stages) + (phase and f" while {phase}"))
         elif kind == "cold-start":
             now = now or _Recovery(event["monotonic_ns"], ["agents and workers, all at once"])
-            now.spill = event["iteration"]
+            now.source = f"spill of iteration {event['iteration']}"
+        elif now is not None and kind == "fell-back":
+            now.source = f"{event['tier']} of iteration {event['iteration']}"
+            now.committed = event["committed"]
         elif now is not None and kind == "gathered":
             now.committed = event["committed"]
             # What an earlier attempt had begun was given up.
@@ -136,8 +146,8 @@ def _point(event: dict[str, Any], fired: dict[int, str], num_stages: int) -> str
 
 
 def _by(recovery: _Recovery) -> str:
-    if recovery.spill is not None:
-        return f"spill of iteration {recovery.spill}"
+    if recovery.source:
+        return recovery.source
     replayed = {e["iteration"] for e in recovery.workers if e["kind"] == "replayed"}
     bases = sorted({e["base"] for e in recovery.workers if e["kind"] == "restored"})
     rebuilt = sorted(

@@ -22,6 +22,9 @@ from .plan import KINDS, Failure
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
 
+LOCALIZED = "localized"
+"""Tier of a recovery of which nothing else was recorded."""
+
 
 class RunEnded(Exception):
     """The job ended by itself, or made no progress."""
@@ -35,7 +38,7 @@ class Outcome:
         iteration: whose log line was the last one before it.
         epochs: that its recovery took, first and last.
         ms: from its detection to training, as the leader counts.
-        tier: 0 from memory, 2 from a spill.
+        tier: that was tried last, as the leader names it.
         second_came: whether the second failure was injected before training went on.
     """
 
@@ -43,7 +46,7 @@ class Outcome:
     iteration: int
     epochs: tuple[int, int]
     ms: float
-    tier: int
+    tier: str
     second_came: bool
 
 
@@ -135,15 +138,15 @@ class Injector:
         pending: set[Any] = {("node", failure.node)} if failure.node is not None else set()
         pending = pending or {("rank", rank) for rank in failure.ranks}
         epochs: list[int] = []
-        second, tier = failure.second, 0
+        second, tier = failure.second, LOCALIZED
         for line in told:
             self._heard.set()
             event = json.loads(line)
             pending -= {_lost(event)}
             if event["kind"] in ("detected", "node-lost"):
                 epochs.append(event["epoch"])
-            if event["kind"] == "fell-back":
-                tier = 2
+            if event["kind"] == "escalated":
+                tier = event["tier"]
             if second and event["kind"] == failure.event:
                 _later(failure.second_seconds, lambda: kill_workers(directory, failure.second))
                 pending |= {("rank", rank) for rank in second}

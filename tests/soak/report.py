@@ -35,7 +35,7 @@ def table(
     rows = [HEAD]
     for kind in dict.fromkeys([*(o.failure.kind for o in outcomes), *not_survived]):
         these = [o for o in outcomes if o.failure.kind == kind]
-        tiers = ", ".join(str(tier) for tier in sorted({o.tier for o in these}))
+        tiers = ", ".join(sorted({o.tier for o in these}))
         spans = [range(o.epochs[0], o.epochs[1] + 1) for o in these]
         gone = sum(lost.get(epoch, 0) for span in spans for epoch in span)
         ms = [o.ms for o in these]

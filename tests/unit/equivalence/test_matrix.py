@@ -81,6 +81,17 @@ def test_a_node_and_a_start_from_a_spill_are_named() -> None:
     assert (row.points, row.by) == ("agents and workers, all at once", "spill of iteration 12")
 
 
+def test_a_start_from_a_checkpoint_ends_when_training_is_steady_again() -> None:
+    told_back = {"tier": "Megatron checkpoint", "iteration": 6, "committed": 9}
+    back, again = ("agent-0", "fell-back", told_back), ("rank0", "steady", {"iteration": 10})
+    (first, second) = rows("run", "stage", 2, told(*ONE[:2], back, again, again, *ONE, ENDED))
+    assert first.by == "Megatron checkpoint of iteration 6"
+    assert first.committed == 9
+    assert first.count == 1
+    assert second.by != first.by
+    assert len(unrecovered(told(*ONE[:2], back))) == 1
+
+
 def asked(cut: str) -> set[tuple[str, int]]:
     """{(place, stage)} of the kills that the long runs of PP2 ask for; each fires or is missed."""
     scripted, _ = test_several.scripted(cut)
