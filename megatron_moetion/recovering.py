@@ -35,9 +35,9 @@ from megatron_moetion.recovery.plan import (
     Progress,
     StagePlan,
     entered,
+    furthest_through,
     make_plan,
     make_shard_plan,
-    reached,
 )
 from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
 from megatron_moetion.recovery.remade import Remade
@@ -211,7 +211,7 @@ class Recovering:
         self._log.epoch = plan.epoch
         if self._by_shard:
             # Training may go on before what some have been through.
-            self._cursor.refeed = max(reached(p) for p in facts.positions.values())
+            self._cursor.refeed = furthest_through(facts.positions.values())
             self._go_back(plan, newest)
             return Resumed(next=plan.committed + 1)
         stage = plan.stage(self._topology.pp_rank)

@@ -149,6 +149,16 @@ class Session:
         """
         self.log.write_state(HeaderKey(iteration), {**state, "steering": self.steering.to_state()})
 
+    def log_again(self, iteration: int, state: State, epoch: int) -> None:
+        """`log_start` of a replacement on a node that has nothing of its predecessor.
+
+        Args:
+            epoch: of the facts by which it begins there: with an earlier one what it logs would
+                count as given up if another failure comes before training goes on.
+        """
+        self.log.epoch = epoch
+        self.log_start(iteration, state)
+
     def _time(self, iteration: int) -> None:
         if self.job.progress.begin(iteration):
             self.job.events.emit("steady", iteration=iteration)

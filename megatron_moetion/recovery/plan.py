@@ -369,6 +369,13 @@ def reached(position: Position) -> int:
     return position.iteration - (position.progress is not Progress.RETURNED)
 
 
+def furthest_through(positions: Iterable[Position]) -> int:
+    """The newest iteration that any rank has been through, be it that it went back since, as in an
+    attempt at a recovery that another failure ended.
+    """
+    return max(max(reached(position), position.ended[0] - 1) for position in positions)
+
+
 def shard_base(frames: Sequence[FrameInfo], at: int) -> int | None:
     """The newest iteration from whose frame on a rank can rebuild its state of `at`, or None.
 

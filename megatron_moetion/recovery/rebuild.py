@@ -311,8 +311,10 @@ class Rebuild:
         """After a replayed optimizer step: check, convert, capture what is missing."""
         if self._frames.held(iteration):
             self._frames.check(iteration, self._loaded)
-        if iteration <= self.plan.dense_at and self._lacking:
-            self._loaded = self._frames.load(iteration, self._loaded)
+        if iteration <= self.plan.dense_at:
+            if self._lacking:
+                self._loaded = self._frames.load(iteration, self._loaded)
+            # Collective over ranks that may need more frames than this one.
             self._publish()
         if not self._frames.held(iteration):
             self._capture(iteration)

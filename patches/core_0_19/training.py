@@ -423,7 +423,8 @@ def _open_session(args: tuple[Any, ...], iteration: int, state: Any) -> None:
     SESSION.updating.tell_schedule()
     if state is not None and not this.claimed:
         # Whoever takes this worker's place must not begin with what was spilled.
-        SESSION.log_start(iteration, state)
+        assert this.facts is not None
+        SESSION.log_again(iteration, state, this.facts.epoch)
 
 
 def _take_cut(this: Job, host_for: Callable[[str], MegatronHost]) -> None:

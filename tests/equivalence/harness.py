@@ -242,7 +242,7 @@ def _train(
     launched = (starter, command, agents, program, environments, directory)
     code = _launch(*launched, restarts, limit_seconds)
     if meddling is not None:
-        for file in (directory / "log", *(directory / events.FOLDER).glob("agent-*")):
+        for file in (directory / "log", *(directory / events.FOLDER).iterdir()):
             with file.open("a") as log:
                 log.write(OVER)
         meddling.join()
