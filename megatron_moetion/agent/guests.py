@@ -6,11 +6,13 @@ prints one line when workers may connect, and lives on.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import selectors
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -136,6 +138,12 @@ class HostedNode(Node):
     def _pid_of(self, global_rank: int) -> int:
         guest = self._guests.get(global_rank)
         return 0 if guest is None else guest.pid
+
+    def _kill_workers(self) -> None:
+        super()._kill_workers()
+        for guest in tuple(self._guests.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(guest.pid, signal.SIGKILL)
 
     def _guest_ended(self, pidfd: int, guest: Arrived) -> None:
         self._selector.unregister(pidfd)

@@ -9,18 +9,30 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 OF_TIMEOUT = 4
-"""The limit is this part of --moetion-timeout: far more than the milliseconds of a turn, and less
-than a phase of a recovery, which is then for the agents that are left.
+"""The limit is this part of --moetion-timeout, but for node 0, whose end is that of the job: all of
+it. A turn takes milliseconds, and a phase of a recovery, which may take --moetion-timeout, is then
+for the agents that are left.
 """
+FEWEST_LEASES = 2
+"""No limit is shorter: a turn may have to wait for a peer that is silent for a lease."""
 LOOKS = 8
-"""In so many looks in a row, which together take the limit, the loop is at the same thing."""
+"""After the first look at a thing, in so many more the loop is still at it; they take the limit."""
+
+
+def limit(timeout: timedelta, lease: timedelta, node_rank: int) -> timedelta:
+    """How long the main loop of an agent may be at one thing.
+
+    Args:
+        timeout: of --moetion-timeout.
+        lease: of --moetion-lease.
+    """
+    return max(timeout / (OF_TIMEOUT if node_rank else 1), FEWEST_LEASES * lease)
 
 
 @dataclass
@@ -30,7 +42,7 @@ class Looks:
     """
 
     _turn: int | None = None
-    _in_a_row: int = 0
+    _again: int = 0
 
     def stands(self, turn: int | None) -> bool:
         """One more look.
@@ -39,28 +51,30 @@ class Looks:
             turn: which one the loop is at; None while it waits for something to do.
 
         Returns:
-            Whether it has been the same one in `LOOKS` looks.
+            Whether it has been the same one in `LOOKS` more looks than one.
         """
-        self._in_a_row = self._in_a_row + 1 if turn == self._turn else 1
+        self._again = self._again + 1 if turn == self._turn else 0
         self._turn = turn
-        return turn is not None and self._in_a_row >= LOOKS
+        return turn is not None and self._again >= LOOKS
 
 
 class Headway:
     """Watches the thread that makes this.
 
     Args:
-        limit: for one turn, but for a `LOOKS`th.
+        limit: for one turn.
         stands: called once, in another thread, with where the loop stands still; it ends the
             process.
     """
 
     def __init__(self, limit: timedelta, stands: Callable[[str], None]) -> None:
-        self._limit, self._stands = limit, stands
+        self.limit, self._stands = limit, stands
         self._loop = threading.get_ident()
+        self._lock = threading.Lock()
         self._turns = 0
         self._turn: int | None = None
-        self._stopped, self._given_up = threading.Event(), threading.Event()
+        self._given_up = False
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Watch from now on."""
@@ -78,35 +92,44 @@ class Headway:
         try:
             yield
         finally:
-            self._turn = None
-            if self._given_up.is_set():
-                # Too late: it waits here for the end of the process.
+            with self._lock:
+                self._turn = None
+                too_late = self._given_up
+            if too_late:
+                # It waits here for the end of the process.
                 self._stopped.wait()
 
     def _watch(self) -> None:
-        looks, interval = Looks(), self._limit.total_seconds() / LOOKS
+        looks, interval = Looks(), self.limit.total_seconds() / LOOKS
         while not self._stopped.wait(interval):
-            if looks.stands(self._turn):
-                self._given_up.set()
+            with self._lock:
+                self._given_up = looks.stands(self._turn)
+            if self._given_up:
                 self._stands(self._where())
                 return
 
     def _where(self) -> str:
+        """Without a look at the sources: they may be what the loop waits for."""
         frame = sys._current_frames().get(self._loop)
         if frame is None:
             return "its end"
-        last = traceback.extract_stack(frame)[-1]
-        return f"{last.name} ({last.filename}:{last.lineno})"
+        code = frame.f_code
+        return f"{code.co_name} ({code.co_filename}:{frame.f_lineno})"
+
+
+def attempt(what: Callable[[], object], patience: timedelta) -> None:
+    """Call something that may never return, as a write does to a terminal that is paused.
+
+    Args:
+        patience: until it is left alone.
+    """
+    calling = threading.Thread(target=what, daemon=True)
+    calling.start()
+    calling.join(patience.total_seconds())
 
 
 def say(line: str, patience: timedelta) -> None:
-    """Print to standard error, which may be what the loop waits for.
-
-    Args:
-        patience: until it is given up.
-    """
-    # Past the lock of `sys.stderr`, which the loop may hold.
-    written = [sys.stderr.fileno(), f"{line}\n".encode()]
-    writing = threading.Thread(target=os.write, args=written, daemon=True)
-    writing.start()
-    writing.join(patience.total_seconds())
+    """`attempt` to print to standard error."""
+    # Past the lock of `sys.stderr`, which somebody may hold who never comes back.
+    file, written = sys.stderr.fileno(), f"{line}\n".encode()
+    attempt(lambda: os.write(file, written), patience)

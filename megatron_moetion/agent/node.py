@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import AuthenticationError
 
 from megatron_moetion.agent import supervision
@@ -20,7 +21,7 @@ from megatron_moetion.agent.desk import Desk
 from megatron_moetion.agent.equipment import assemble
 from megatron_moetion.agent.fallback import FallBack, Stored, best, way_on
 from megatron_moetion.agent.gate import PATIENCE_OF_TIMEOUT, Gate
-from megatron_moetion.agent.headway import LOOKS, OF_TIMEOUT, Headway, say
+from megatron_moetion.agent.headway import Headway, attempt, limit, say
 from megatron_moetion.agent.items import (
     Damaged,
     FromPeer,
@@ -119,7 +120,8 @@ class Node:
         self._fired: list[int] = list(job.fired)
         self._code: int | None = None
         self._fall_back: FallBack | None = None
-        self._headway = Headway(job.timeout / OF_TIMEOUT, self._stands_still)
+        longest = limit(job.timeout, job.lease, self._own.node_rank)
+        self._headway = Headway(longest, self._stands_still)
 
     def run(self) -> int | FallBack:
         """Run the job's part on this node, from the first worker to the last.
@@ -127,14 +129,14 @@ class Node:
         Returns:
             The exit code, or what to begin again from once all nodes are past this.
         """
+        if self._job.hang_factor:
+            self._headway.start()
         self._open()
         self._catch_signals()
         supervision.adopt_orphans()
-        self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
-        if self._job.hang_factor:
-            self._headway.start()
         try:
             with self._headway.turn():
+                self._log.emit("began", run_id=self._job.env["MOETION_RUN_ID"], late=self._late)
                 self._spares.keep()
                 self._begin()
             while self._code is None:
@@ -144,11 +146,12 @@ class Node:
             if self._seat is not None:
                 self._seat.pulse.stop()
             self._equipment.replication.stop()
+            # Before anything that a disk may keep waiting.
+            supervision.end_all(sorted(self._children, key=lambda child: child.pid))
+            supervision.end_orphans()
             self._log.emit("vault", allocated_bytes=self._store.allocated_bytes())
             durable = {str(r): i for r, i in self._equipment.replication.durable().items()}
             self._log.emit("counted", durable=durable, **self._counters.numbers())
-            supervision.end_all(sorted(self._children, key=lambda child: child.pid))
-            supervision.end_orphans()
             self._store.close()
             self._log.close()
         if self._fall_back is None:
@@ -235,6 +238,9 @@ class Node:
         if len(job.members.nodes) > 1:
             seconds = job.lease.total_seconds()
             line = f"a node that is silent for {seconds:g} s counts as lost (--moetion-lease)"
+            if job.hang_factor:
+                longest = limit(job.timeout, job.lease, node_rank=1).total_seconds()
+                line += f", and one whose agent stands still for {longest:g} s (--moetion-timeout)"
             print(f"moetion-run: {line}", file=sys.stderr)
 
     def _serve_beats(self, channel: Channel, agent: str) -> None:
@@ -251,7 +257,7 @@ class Node:
         else.
         """
         assert self._seat is not None
-        supervision.kill_now(tuple(self._children))
+        self._kill_workers()
         self._equipment.replication.stop()
         lease = f"{self._seat.pulse.lease.total_seconds():g} s (--moetion-lease)"
         if stopped_for is None:
@@ -261,24 +267,29 @@ class Node:
                 f"this agent was stopped for {stopped_for:.1f} s, longer than its lease of {lease}:"
                 " another node may have its place, and this one ends"
             )
-        print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr, flush=True)
-        self._log.emit("lapsed", stopped_for=stopped_for)
+        say(f"moetion-run: node {self._own.node_rank}: {line}", supervision.GRACE)
+        attempt(lambda: self._log.emit("lapsed", stopped_for=stopped_for), supervision.GRACE)
         os._exit(LAPSED_CODE)
 
     def _stands_still(self, where: str) -> None:
         """The main loop makes no headway, and nobody looks after this node. In another thread."""
+        try:
+            self._kill_workers()
+            # What is on disk is not looked up: that may be what the loop waits for.
+            hint = way_on(best(self._spilled, None), self._job.protected)
+            lost = f"; tried: no tier, as node 0 hosts the job's store{hint}"
+            seconds = self._headway.limit.total_seconds()
+            line = (
+                f"moetion-run: node {self._own.node_rank}: this agent has stood still for"
+                f" {seconds:g} s (see --moetion-timeout) in {where}: this node ends"
+            )
+            say(line if self._own.node_rank else f"{line}{lost}", supervision.GRACE)
+        finally:
+            os._exit(LAPSED_CODE)
+
+    def _kill_workers(self) -> None:
+        """All that this agent has started, at once; in any thread."""
         supervision.kill_now(tuple(self._children))
-        limit = self._job.timeout / OF_TIMEOUT
-        # What is on disk is not looked up: that may be what the loop waits for.
-        hint = way_on(best(self._spilled, None), self._job.protected)
-        lost = f"; tried: no tier, as node 0 hosts the job's store{hint}"
-        say(
-            f"moetion-run: node {self._own.node_rank}: this agent has stood still for"
-            f" {limit.total_seconds():g} s (a quarter of --moetion-timeout) in {where}: this node"
-            f" ends{'' if self._own.node_rank else lost}",
-            limit / LOOKS,
-        )
-        os._exit(LAPSED_CODE)
 
     @property
     def _without_leader(self) -> str:
@@ -306,16 +317,20 @@ class Node:
         if self._leader is not None:
             left.append(self._leader.seconds_left())
         ready = self._selector.select(min((s for s in left if s is not None), default=None))
-        with self._headway.turn():
-            self._handle([key.data for key, _ in ready])
-
-    def _handle(self, ready: Iterable[Callable[[], None]]) -> None:
-        if self._seat is not None:
-            self._seat.pulse.check()
-        for heard in ready:
-            heard()
+        # A backlog takes as long as it takes: each thing is a turn of its own.
+        for key, _ in ready:
+            self._handle(key.data)
         while self._code is None and not self._items.empty():
-            self._take(self._items.get())
+            self._handle(partial(self._take, self._items.get()))
+        self._handle(self._tick)
+
+    def _handle(self, what: Callable[[], None]) -> None:
+        with self._headway.turn():
+            if self._seat is not None:
+                self._seat.pulse.check()
+            what()
+
+    def _tick(self) -> None:
         if self._code is None:
             self._observer.tick()
         if self._leader is not None and self._code is None:

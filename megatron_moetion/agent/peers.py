@@ -25,21 +25,21 @@ class Peers:
         self._nodes = {member.node_rank: member for member in members.nodes}
         self._secret = secret
         self._locks = {member.node_rank: threading.Lock() for member in members.nodes}
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, tuple[Member, Channel]] = {}
         self._silence = bulk(lease)
 
     def moved(self, member: Member) -> None:
         """Another agent has taken the place of a lost one."""
-        with self._locks[member.node_rank]:
-            self._nodes[member.node_rank] = member
-            self._forget(member.node_rank)
+        # Without the lock, which a request to the lost one may hold for long.
+        self._nodes[member.node_rank] = member
+        self.cut(member.node_rank)
 
     def cut(self, node_rank: int) -> None:
         """An agent is lost: whoever waits for it here need not any more."""
         # Without the lock, which such a waiter holds.
-        channel = self._channels.get(node_rank)
-        if channel is not None:
-            channel.cut()
+        known = self._channels.get(node_rank)
+        if known is not None:
+            known[1].cut()
 
     def fetch(
         self, node_rank: int, global_rank: int, key: str, worker: Channel, request_id: int
@@ -98,14 +98,17 @@ class Peers:
             return list(reply["entries"])
 
     def _forget(self, node_rank: int) -> None:
-        channel = self._channels.pop(node_rank, None)
-        if channel is not None:
-            channel.close()
+        known = self._channels.pop(node_rank, None)
+        if known is not None:
+            known[1].close()
 
     def _channel(self, node_rank: int) -> Channel:
+        member = self._nodes[node_rank]
+        known = self._channels.get(node_rank)
+        if known is not None and known[0] is not member:
+            self._forget(node_rank)
         if node_rank not in self._channels:
-            member = self._nodes[node_rank]
             channel = Channel.to_peer(member.host, member.port, self._secret, self._silence)
             channel.send({"op": "vault"})
-            self._channels[node_rank] = channel
-        return self._channels[node_rank]
+            self._channels[node_rank] = (member, channel)
+        return self._channels[node_rank][1]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 
+from megatron_moetion.agent.headway import say
 from megatron_moetion.agent.lease import Lapsed, Pulse
 from megatron_moetion.agent.membership import (
     ANY_PLACE,
@@ -24,10 +24,12 @@ from megatron_moetion.agent.membership import (
     Members,
     MembershipError,
 )
+from megatron_moetion.agent.supervision import GRACE
 from megatron_moetion.agent.wire import Channel, Message
 
 LAPSED_CODE = 75
-"""Of an agent that was not heard for too long: EX_TEMPFAIL, it may be started again."""
+"""Of an agent that was not heard for too long or stood still: EX_TEMPFAIL, it may be started again.
+"""
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,12 @@ def _parked(ahead: int, replaces_nodes: bool) -> str:
 def _leader_silent(stopped_for: float | None) -> None:
     what = "nothing was heard of the leader" if stopped_for is None else "this agent was stopped"
     _say(f"{what} for longer than the lease (--moetion-lease): this standby ends")
-    sys.stderr.flush()
     os._exit(LAPSED_CODE)
 
 
 def _say(line: str) -> None:
-    print(f"moetion-run: {line}", file=sys.stderr)
+    # A standby that waits for its terminal would take a place and do nothing there.
+    say(f"moetion-run: {line}", GRACE)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from megatron_moetion.agent.hangs import (
     limit_of,
     trains,
 )
-from megatron_moetion.agent.headway import OF_TIMEOUT
 
 PART = 4
 """A ping is waited for, and a late look excused, for this part of the limit."""
@@ -139,8 +138,7 @@ class Vigil:
             f"after {self._factor:g} iterations without progress (--moetion-hang-factor), though"
             f" not before {seconds / SHORTEST_OF_TIMEOUT:g} s; before their time is known, and in"
             f" the first {FEWEST_PAUSES} evaluations and savings, after {seconds:g} s"
-            f" (--moetion-timeout); an agent that stands still itself ends after"
-            f" {seconds / OF_TIMEOUT:g} s"
+            " (--moetion-timeout)"
         )
 
     @property

@@ -121,6 +121,9 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
             now.committed = event["committed"]
         elif now is not None and kind == "gathered":
             now.committed = event["committed"]
+            if now.source.startswith(CHECKPOINT):
+                # Another failure came before the start from it was over.
+                now.source = ""
             # What an earlier attempt had begun was given up.
             now.workers.clear()
         elif now is not None and kind == "resumed":

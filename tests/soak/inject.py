@@ -16,14 +16,12 @@ from statistics import median
 from typing import Any
 
 from megatron_moetion import events
+from megatron_moetion.agent.escalation import Tier
 from tests.equivalence.harness import follow, kill_workers
 
 from .plan import KINDS, Failure
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
-
-LOCALIZED = "localized"
-"""Tier of a recovery of which nothing else was recorded."""
 
 
 class RunEnded(Exception):
@@ -138,14 +136,14 @@ class Injector:
         pending: set[Any] = {("node", failure.node)} if failure.node is not None else set()
         pending = pending or {("rank", rank) for rank in failure.ranks}
         epochs: list[int] = []
-        second, tier = failure.second, LOCALIZED
+        second, tier = failure.second, str(Tier.LOCALIZED)
         for line in told:
             self._heard.set()
             event = json.loads(line)
             pending -= {_lost(event)}
             if event["kind"] in ("detected", "node-lost"):
                 epochs.append(event["epoch"])
-            if event["kind"] == "escalated":
+            if event["kind"] in ("escalated", "fell-back"):
                 tier = event["tier"]
             if second and event["kind"] == failure.event:
                 _later(failure.second_seconds, lambda: kill_workers(directory, failure.second))

@@ -110,6 +110,13 @@ def _node(draw: random.Random, machines: Machines) -> dict[str, object]:
     return {"ranks": machines.of_node(node), "node": node}
 
 
+def _node_and_second(draw: random.Random, machines: Machines) -> dict[str, object]:
+    first = _node(draw, machines)
+    # Those of the node that takes its place, too.
+    told = {**first, "event": draw.choice(LATE), "second": (draw.randrange(machines.world_size),)}
+    return {**told, "second_seconds": draw.uniform(0, BEHIND_EVENT_SECONDS)}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of failure.
@@ -136,6 +143,7 @@ KINDS = {
     "all workers": Kind(lambda _, machines: {"ranks": tuple(range(machines.world_size))}, 1),
     "a second one in a recovery": Kind(_second, 5),
     "a node": Kind(_node, 3, min_agents=2),
+    "a node, then a worker": Kind(_node_and_second, 3, min_agents=2),
     "a stopped worker": Kind(_one, 2, number=signal.SIGSTOP, between=BEFORE_A_STOP),
     "a stopped node": Kind(_node, 2, min_agents=2, number=signal.SIGSTOP),
     "an exit with code 0": Kind(_one, 1, number=signal.SIGUSR1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import queue
 import signal
@@ -16,26 +17,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.agent.headway import LOOKS, OF_TIMEOUT, Headway, Looks, say
+from megatron_moetion.agent.headway import LOOKS, Headway, Looks, limit, say
 from megatron_moetion.agent.standby import LAPSED_CODE
 from tests.stub_jobs import gone
 from tests.stub_nodes import Nodes, ended
 
 WAIT_SECONDS = 60
 SHORT = timedelta(seconds=1)
-TIMEOUT = 24
-"""Seconds of --moetion-timeout: a loop may stand still for a quarter of that."""
+TIMEOUT = 12
+"""Seconds of --moetion-timeout: the loop of node 0 may stand still for that, others two leases."""
 
 
-@given(st.lists(st.sampled_from([None, 1, 2]), max_size=60))
+@given(st.lists(st.sampled_from([None, 1, 2]), max_size=80))
 def test_a_loop_stands_still_exactly_when_the_last_looks_have_all_seen_one_turn(
     turns: list[int | None],
 ) -> None:
     looks = Looks()
     for number, turn in enumerate(turns, start=1):
-        last = turns[max(0, number - LOOKS) : number]
-        expected = turn is not None and last == [turn] * LOOKS
+        last = turns[max(0, number - LOOKS - 1) : number]
+        expected = turn is not None and last == [turn] * (LOOKS + 1)
         assert looks.stands(turn) == expected
+
+
+def test_a_limit_is_longer_than_a_silent_peer_is_waited_for_and_longest_on_node_0() -> None:
+    minutes, lease = timedelta(minutes=10), timedelta(seconds=4)
+    assert limit(minutes, lease, node_rank=0) == minutes
+    assert limit(minutes, lease, node_rank=3) == minutes / 4
+    assert limit(lease, lease, node_rank=3) == 2 * lease
+
+
+def test_where_it_stands_is_told_without_a_look_at_the_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What hangs may be the file system that they are on."""
+    for name in ("getline", "getlines", "checkcache", "updatecache", "lazycache"):
+        monkeypatch.delattr(linecache, name)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    headway = Headway(SHORT, told.put)
+    headway.start()
+    with headway.turn():
+        where = told.get(timeout=WAIT_SECONDS)
+        headway.stop()
+    assert where.startswith("test_where_it_stands_is_told_without_a_look_at_the_sources (")
+    assert f"{__file__}:" in where
 
 
 def test_a_turn_that_lasts_is_told_with_where_it_is_and_never_goes_on() -> None:
@@ -71,6 +95,7 @@ def test_whoever_waits_for_something_to_do_or_has_stopped_is_not_told() -> None:
         ends.stop()
         with pytest.raises(queue.Empty):
             told.get(timeout=2 * SHORT.total_seconds())
+    waits.stop()
 
 
 STOPPED = """
@@ -178,8 +203,7 @@ def test_an_agent_that_stands_still_loses_its_place_and_a_leader_that_does_ends_
     code, lines = ended(zero)
     assert code == LAPSED_CODE
     (line,) = [line for line in lines if "stood still" in line]
-    limit = f"{TIMEOUT / OF_TIMEOUT:g} s (a quarter of --moetion-timeout)"
-    assert f"node 0: this agent has stood still for {limit} in " in line
+    assert f"node 0: this agent has stood still for {TIMEOUT} s (see --moetion-timeout) in " in line
     assert line.endswith("; restart from a Megatron checkpoint with --load, or afresh")
     code, lines = ended(second)
     assert code == 1

@@ -198,7 +198,7 @@ def test_the_rule_is_said_before_anything_is_learned() -> None:
     assert Job().vigil.rule == (
         "after 10 iterations without progress (--moetion-hang-factor), though not before 30 s;"
         " before their time is known, and in the first 2 evaluations and savings, after 600 s"
-        " (--moetion-timeout); an agent that stands still itself ends after 150 s"
+        " (--moetion-timeout)"
     )
     assert "in a recovery only, after 600 s" in Job(factor=0).vigil.rule
 

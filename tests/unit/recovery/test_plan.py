@@ -23,6 +23,7 @@ from megatron_moetion.recovery.plan import (
     commit_point,
     dense_from,
     entered,
+    furthest_through,
     make_plan,
     make_shard_plan,
     needs_result,
@@ -416,3 +417,13 @@ def test_a_rank_that_went_with_its_node_limits_how_far_all_go_by_what_was_copied
     assert entered(facts(5, 6), 0, by_shard=True) == here
     with pytest.raises(NothingToRebuildFrom):
         make_shard_plan(facts())
+
+
+def test_how_far_anybody_has_been_is_known_from_those_that_went_back_too() -> None:
+    # One is in iteration 9 for the first time; a first attempt has sent it back to 7.
+    before, ended = Progress.BEFORE_COMMIT, (9, 0)
+    back = Position(7, before, 6, 6, ended=ended)
+    returned = Position(7, Progress.RETURNED, 7, 7, ended=(7, 0))
+    assert reached(back) == 6
+    assert furthest_through([back, returned]) == 8
+    assert furthest_through([returned]) == 7

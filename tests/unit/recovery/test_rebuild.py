@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,16 @@ def test_operators_thaw_one_slot_after_the_other_and_weights_are_gathered_each_t
     assert frozen == sorted(frozen, reverse=True)
     assert NUM_OPERATORS > frozen[0] > frozen[1] > 0
     assert run.host.calls["sync_params"] == 1 + len(plan.replay)
+
+
+def test_a_rank_that_has_all_it_needs_gathers_with_those_that_do_not() -> None:
+    """The gather is collective over ranks whose frames may be in another order."""
+    run = trained(WindowPolicy.ROLLING, 3, 9)
+    run.host.forget_everything()
+    own = planned(run, 8)
+    assert (own.base, own.dense_at) == (6, 8)
+    rebuild(run, replace(own, dense_at=9, replay=(7, 8, 9)))
+    assert run.host.calls["sync_params"] == 1 + 3
 
 
 def test_a_starting_state_without_optimizer_tensors_clears_those_of_the_worker() -> None:

@@ -1,12 +1,13 @@
 """The table at the end of a soak."""
 
-from tests.soak.inject import LOCALIZED, Outcome
+from megatron_moetion.agent.escalation import Tier
+from tests.soak.inject import Outcome
 from tests.soak.plan import Failure
 from tests.soak.report import lost_by_epoch, table
 
 
 def outcome(kind: str, epochs: tuple[int, int], ms: float) -> Outcome:
-    return Outcome(Failure(kind, (0,), None, 3, 0.0), 9, epochs, ms, LOCALIZED, True)
+    return Outcome(Failure(kind, (0,), None, 3, 0.0), 9, epochs, ms, str(Tier.SPILL), True)
 
 
 def test_each_kind_has_a_line_with_what_it_cost() -> None:
@@ -26,6 +27,6 @@ def test_each_kind_has_a_line_with_what_it_cost() -> None:
     ]
     lines = [line.split() for line in table(outcomes, ["two"], lost_by_epoch(told))]
     assert lines[1:] == [
-        ["one", "2", "2", "localized", "1", "200", "/", "300", "ms"],
-        ["two", "2", "1", "localized", "2", "50", "/", "50", "ms"],
+        ["one", "2", "2", "spill", "1", "200", "/", "300", "ms"],
+        ["two", "2", "1", "spill", "2", "50", "/", "50", "ms"],
     ]
