@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moetion import faults
+from megatron_moetion.agent.escalation import Tier
 
 PHASES = {
     "detected": "planning",
@@ -23,8 +24,6 @@ PHASES = {
 }
 """{what the leader records: what it waits for from then on}."""
 OUTSIDE = "from outside"
-CHECKPOINT = "Megatron checkpoint"
-"""The tier; a `Source` of it is called the same."""
 PROPERTY = "recovered"
 """Under that name a report carries a row, in whatever process its test ran."""
 HARMLESS = tuple(f"Fault(kind='{kind}'" for kind in ("corrupt", "hold", "poison"))
@@ -100,7 +99,7 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
     for event in told:
         kind = event["kind"]
         if not event["who"].startswith("agent"):
-            if kind == "steady" and now is not None and now.source.startswith(CHECKPOINT):
+            if kind == "steady" and now is not None and now.source.startswith(Tier.CHECKPOINT):
                 # A start as any other: nothing is gathered, and nobody is told to resume.
                 now.ms = (event["monotonic_ns"] - now.began_ns) / 1e6
                 yield now
@@ -121,7 +120,7 @@ def _recoveries(num_stages: int, told: Sequence[dict[str, Any]]) -> Iterator[_Re
             now.committed = event["committed"]
         elif now is not None and kind == "gathered":
             now.committed = event["committed"]
-            if now.source.startswith(CHECKPOINT):
+            if now.source.startswith(Tier.CHECKPOINT):
                 # Another failure came before the start from it was over.
                 now.source = ""
             # What an earlier attempt had begun was given up.

@@ -28,9 +28,11 @@ from .harness import (
 ITERATIONS = 44
 WINDOW = 3
 STALE = "stale.ended"
-UNLIKE = 36
+CHANGED = 34
+"""From this iteration on rank 2 has its experts in another order, and rank 3 has not."""
+UNLIKE = CHANGED + 2
 """From the newest base that is old enough for the new node's neighbours, rank 2 needs one frame
-more than rank 3 by then: only its experts have another order from iteration 34 on.
+more than rank 3 by then.
 """
 
 
@@ -118,6 +120,11 @@ def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run, cut: str) -
         "connection closed",
     ]
     assert (run.directory / STALE).read_text() == "True"
+    if cut == "stage":
+        ordered = {e["who"] for e in run.events("scheduled") if e["first"] == CHANGED}
+        assert ordered & {"rank2", "rank3"} == {"rank2"}
+        plans = [e["plan"] for e in run.events("planned") if "plan" in e]
+        assert f"stage 1: base {CHANGED + 1 - WINDOW}, replay" in plans[-1]
     assert_same_bits(run, off, ITERATIONS, lines_may_repeat=True)
 
 
