@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Any
 
@@ -77,5 +76,5 @@ def test_listening_and_unix_sockets_and_closed_descriptors_are_passed_over() -> 
         assert b.recv(1) == b"x"
         late = socket.create_connection(server.getsockname())
         late.close()
+    # None of them is open any more, which is no error.
     cut(noted, -1)
-    assert all(not os.path.exists(f"/proc/self/fd/{fd}") or fd >= 0 for fd, _ in noted)

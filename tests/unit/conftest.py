@@ -1,4 +1,4 @@
-"""The stand-ins change torch for good, so each test that installs them runs in a forked child."""
+"""A forked child for a test that changes its process for good, or counts what its process holds."""
 
 import multiprocessing
 from collections.abc import Callable
