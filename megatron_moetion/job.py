@@ -198,9 +198,14 @@ class Job:
         if self.link is not None:
             self.link.send({"op": op, **fields})
 
-    def hopeless(self, reason: str) -> None:
-        """Nothing is left here to rebuild from: the job ends, or starts anew from a spill."""
-        self.send("hopeless", reason=reason, state_lost=True)
+    def hopeless(self, reason: str, epoch: int | None = None) -> None:
+        """Nothing is left here to rebuild from: the job ends, or starts anew from a spill.
+
+        Args:
+            epoch: of the recovery in which that was found; another failure that has begun a later
+                one makes a new plan instead.
+        """
+        self.send("hopeless", reason=reason, epoch=epoch, state_lost=True)
 
     def claim_memory(self, claim: Claim, lag: int) -> None:
         """Returns once the claims of all ranks of this node are known to fit.

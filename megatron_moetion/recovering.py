@@ -43,7 +43,7 @@ from megatron_moetion.recovery.rebuild import Frames, Rebuild, rebuild_shard
 from megatron_moetion.recovery.remade import Remade
 from megatron_moetion.replaying import Replay
 from megatron_moetion.standing import Standing
-from megatron_moetion.vault import CorruptEntry
+from megatron_moetion.vault import CorruptEntry, Unreachable
 from megatron_moetion.worker import Worker
 
 RETURNED = Progress.RETURNED.order
@@ -134,6 +134,8 @@ class Recovering:
     def _only_superseded(self, error: Exception, epoch: int) -> None:
         """Passes when recovery was cut short by another failure or a damaged entry, to be begun
         again under another epoch; anything else is raised again.
+
+        What is missing may be so by a failure that is not known here yet: the leader says.
         """
         # The traceback holds groups that were given up, with their threads and connections.
         traceback.clear_frames(error.__traceback__)
@@ -142,7 +144,9 @@ class Recovering:
         if isinstance(error, CorruptEntry):
             damaged = {"global_rank": error.global_rank, "key": error.key, "reason": str(error)}
             self._job.send("damaged", epoch=epoch, **damaged)
-        elif not is_communication_error(error):
+        elif isinstance(error, (MissingFromInbox, NothingToRebuildFrom)):
+            self._job.hopeless(str(error), epoch)
+        elif not (isinstance(error, Unreachable) or is_communication_error(error)):
             raise error
         self._job.notices.failure(error, epoch)
         self._host.reset_after_abort()
@@ -221,20 +225,12 @@ class Recovering:
         since = stage.base + 1
         if self._job.global_rank not in facts.lost:
             since = min(self._standing.position.since, since)
-        try:
-            return Resumed(result=self._walk(plan, stage, since))
-        except MissingFromInbox as error:
-            self._job.hopeless(str(error))
-            raise
+        return Resumed(result=self._walk(plan, stage, since))
 
     def _plan(self, facts: Facts) -> Plan:
         # What was told before this session began has called off nothing here.
         self._job.notices.only_before(facts.epoch)
-        try:
-            plan = make_shard_plan(facts) if self._by_shard else make_plan(facts, self._topology)
-        except NothingToRebuildFrom as error:
-            self._job.hopeless(str(error))
-            raise
+        plan = make_shard_plan(facts) if self._by_shard else make_plan(facts, self._topology)
         self._job.events.emit("planned", epoch=plan.epoch, plan=str(plan), digest=plan.digest)
         self._job.injector.reach("regroup", plan.committed)
         self._frames.doubted = facts.doubted

@@ -62,6 +62,7 @@ class AgentsHere:
         self.refused: list[tuple[int, str]] = []
         self.logs = [EventLog(directory, f"agent-{node}") for node in range(num_nodes)]
         self.equipment = []
+        self.desks: list[Desk] = []
         for node_rank, listener in enumerate(listeners):
             members = Members(nodes, node_rank)
             log = self.logs[node_rank]
@@ -69,6 +70,7 @@ class AgentsHere:
             equipment = assemble(members, VaultStore(), placement, SECRET, faults, (), log, post)
             self.equipment.append(equipment)
             desk = Desk(members, equipment, lambda rank, hello: {"op": "welcome"}, post)
+            self.desks.append(desk)
             for door in (listener, listen_unix(self.name(node_rank), 16)):
                 Gate(door, SECRET, desk.serve, patience, equipment.counters, log).open()
         self.stores = [equipment.store for equipment in self.equipment]

@@ -25,8 +25,10 @@ from megatron_moetion.agent.items import (
 )
 from megatron_moetion.agent.lease import bulk
 from megatron_moetion.agent.membership import Members
+from megatron_moetion.agent.outbox import Outbox
 from megatron_moetion.agent.wire import Channel, Message, send_file_region
 from megatron_moetion.vault.entry import Entry, split_key
+from megatron_moetion.vault.shelf import Unreachable
 from megatron_moetion.vault.spill import Span
 
 
@@ -59,22 +61,18 @@ class Desk:
         self._welcome = welcome
         self._post = post
         self._lock = threading.Lock()
-        self._workers: dict[int, Channel] = {}
+        self._workers: dict[int, Outbox] = {}
         self._early: dict[int, list[Message]] = {}
         self._positions: dict[int, dict[str, Any]] = {}
 
     def notify(self, global_rank: int, message: Message) -> None:
-        """Send a notice to a local worker, as soon as it has connected."""
+        """Send a notice to a local worker, as soon as it has connected; returns at once."""
         with self._lock:
-            channel = self._workers.get(global_rank)
-            if channel is None:
+            outbox = self._workers.get(global_rank)
+            if outbox is None:
                 self._early.setdefault(global_rank, []).append(message)
-                return
-        try:
-            channel.send(message)
-        except OSError:
-            # Its exit is about to be seen, and that is what the job acts on.
-            return
+            else:
+                outbox.post(message)
 
     def position(self, global_rank: int) -> dict[str, Any] | None:
         """Newest position of a local rank, whichever process sent it."""
@@ -94,10 +92,10 @@ class Desk:
         """
         with self._lock:
             self._early.pop(global_rank, None)
-            channel = self._workers.get(global_rank)
-            if channel is None:
+            outbox = self._workers.get(global_rank)
+            if outbox is None:
                 return False
-            channel.stop_reading()
+            outbox.channel.stop_reading()
             return True
 
     def serve(self, channel: Channel, first: Message) -> None:
@@ -150,10 +148,9 @@ class Desk:
             claims = self._equipment.claims
             claimed = {"claimed": claims.asked(rank), "ceiling": claims.ceiling}
             with contextlib.suppress(ConnectionError):
+                # Nothing waits in the socket yet, so this does not.
                 channel.send({**welcome, **claimed, "id": hello["id"]})
-                for notice in self._early.pop(rank, []):
-                    channel.send(notice)
-            self._workers[rank] = channel
+            outbox = self._workers[rank] = Outbox(channel, self._early.pop(rank, []))
         self._post(FromWorker(rank, hello))
         try:
             while True:
@@ -161,8 +158,9 @@ class Desk:
         except (EOFError, OSError):
             pass
         finally:
+            outbox.close()
             with self._lock:
-                if self._workers.get(rank) is channel:
+                if self._workers.get(rank) is outbox:
                     del self._workers[rank]
                 # Inside the lock: once `hush` finds no connection, this has been posted.
                 self._post(WorkerSilent(rank))
@@ -207,6 +205,10 @@ class Desk:
                     self._inventory(channel, message)
                 case _:
                     self._post(FromWorker(rank, message))
+        except Unreachable as gone:
+            reply = {"op": "unreachable", "id": message["id"], "reason": str(gone)}
+            with contextlib.suppress(ConnectionError):
+                channel.send(reply)
         except ConnectionError:
             # The worker is gone before it got its reply; what it sent after its request still
             # counts.
@@ -239,9 +241,16 @@ class Desk:
             return
         home = self._members.node_of(owner)
         kept = (home, *self._equipment.placement.holders[home])
+        unreachable: Unreachable | None = None
         for node_rank in [node for node in kept if node != self._members.own_node_rank]:
-            if self._equipment.peers.fetch(node_rank, owner, key, channel, request_id):
-                return
+            try:
+                if self._equipment.peers.fetch(node_rank, owner, key, channel, request_id):
+                    return
+            except Unreachable as gone:
+                # Another one may have it.
+                unreachable = gone
+        if unreachable is not None:
+            raise Unreachable(f"{key} of rank {owner}: {unreachable}")
         channel.send({"op": "missing", "id": request_id})
 
     def _have_quarantined(self, channel: Channel, message: Message) -> None:
@@ -250,7 +259,11 @@ class Desk:
         if node_rank == self._members.own_node_rank:
             reason = self._quarantine(**about)
         else:
-            reason = self._equipment.peers.quarantine(node_rank, about)
+            try:
+                reason = self._equipment.peers.quarantine(node_rank, about)
+            except Unreachable:
+                # And the copy with it.
+                reason = None
         channel.send({"op": "read", "id": message["id"], "reason": reason})
 
     def _quarantine(

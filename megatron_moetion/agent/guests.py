@@ -164,7 +164,7 @@ class HostedNode(Node):
         if self._finished >= set(self._own.global_ranks):
             # The leader ends the job once all nodes have said so.
             return
-        self._end("their launcher has ended" if self._guests else "", UNKNOWN_CODE)
+        self._code = UNKNOWN_CODE
 
 
 def main() -> NoReturn:

@@ -12,9 +12,24 @@ from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from megatron_moetion.agent.wire import Channel, Message
+from megatron_moetion.vault.shelf import Unreachable
 
 ORPHAN_EXIT_CODE = 70
 Notice = Callable[[Message], None]
+
+
+class _Arriving:
+    """A reply whose payload comes in pieces."""
+
+    def __init__(self, message: Message) -> None:
+        self.message, self.left = message, message["nbytes"]
+        self.payload = bytearray(self.left)
+
+    def take(self, nbytes: int) -> memoryview:
+        """Where the next piece goes."""
+        start = len(self.payload) - self.left
+        self.left -= nbytes
+        return memoryview(self.payload)[start : start + nbytes]
 
 
 class AgentLink:
@@ -30,6 +45,7 @@ class AgentLink:
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[tuple[Message, bytearray | None]]] = {}
+        self._arriving: dict[int, _Arriving] = {}
         self._on_notice: Notice | None = None
         self._early: list[Message] = []
         self._closed = False
@@ -85,6 +101,7 @@ class AgentLink:
         """Send a request and wait for its reply and the bytes that came with it, if any.
 
         Raises:
+            Unreachable: the agent could not ask all that it has to.
             RuntimeError: the agent refused the request; called from a notice.
         """
         if threading.current_thread() is self._listener:
@@ -97,6 +114,8 @@ class AgentLink:
         reply, payload = future.result()
         if reply["op"] == "refused":
             raise RuntimeError(f"the node agent refused {message.get('op')}: {reply['reason']}")
+        if reply["op"] == "unreachable":
+            raise Unreachable(reply["reason"])
         return reply, payload
 
     def close(self) -> None:
@@ -116,20 +135,38 @@ class AgentLink:
         try:
             while True:
                 try:
-                    message = self._channel.receive()
-                    payload = None
-                    if message.get("inline"):
-                        payload = bytearray(message["nbytes"])
-                        self._channel.receive_raw(memoryview(payload))
+                    whole = self._receive()
                 except (EOFError, OSError):
                     if not self._closed:
                         self._orphaned()
                     return
-                self._deliver(message, payload)
+                if whole is not None:
+                    self._deliver(*whole)
         except BaseException:
             # Whatever it was: going on without notices would be a hang.
             traceback.print_exc()
             os._exit(ORPHAN_EXIT_CODE)
+
+    def _receive(self) -> tuple[Message, bytearray | None] | None:
+        """The next message, with its payload; None if there is more to come of that."""
+        message = self._channel.receive()
+        match message["op"]:
+            case "piece":
+                arriving = self._arriving[message["id"]]
+                self._channel.receive_raw(arriving.take(message["nbytes"]))
+            case "broken":
+                # Who sent it is gone; another answer follows.
+                del self._arriving[message["id"]]
+                return None
+            case _ if message.get("inline"):
+                arriving = _Arriving(message)
+                self._arriving[message["id"]] = arriving
+            case _:
+                return message, None
+        if arriving.left:
+            return None
+        del self._arriving[arriving.message["id"]]
+        return arriving.message, arriving.payload
 
     def _deliver(self, message: Message, payload: bytearray | None) -> None:
         if message["op"] == "ping":

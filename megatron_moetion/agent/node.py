@@ -368,7 +368,7 @@ class Node:
         if numbers and self._code is None:
             self._report({"op": "signalled", "number": numbers[0]})
             if self._leader is None:
-                self._end(f"got signal {numbers[0]}", 128 + numbers[0])
+                self._code = 128 + numbers[0]
 
     def _welcome(self, global_rank: int, hello: Message) -> Message:
         return {
@@ -416,7 +416,7 @@ class Node:
             case PeerGone() if self._peers.get(0) is item.channel:
                 line = f"the leader, node 0, is gone ({item.why}): {self._without_leader}"
                 print(f"moetion-run: node {self._own.node_rank}: {line}", file=sys.stderr)
-                self._end("the leader is gone", 1)
+                self._code = 1
 
     def _hear(self, item: FromPeer) -> None:
         if self._leader is None or self._seating is None:
@@ -488,7 +488,7 @@ class Node:
                 self._start(order["global_rank"])
             case "refused":
                 print(f"moetion-run: error: {order['reason']}", file=sys.stderr)
-                self._end(order["reason"], 1)
+                self._code = 1
             case "evict" if self._seating is not None:
                 self._seating.evict(order["node_rank"], order["why"])
             case "evicted":
@@ -514,7 +514,7 @@ class Node:
                     self._fall_back = FallBack.from_json(order["fall_back"])
                 if self._seating is not None:
                     self._seating.dismiss(order)
-                self._end(order["reason"], order["code"])
+                self._code = order["code"]
 
     def _notify(self, global_ranks: list[int], message: Message) -> None:
         self._epoch = max(self._epoch, message["epoch"])
@@ -558,12 +558,6 @@ class Node:
             {"key": entry["key"], "meta": {"epoch": entry["meta"].get("epoch", 0)}}
             for entry in listed
         ]
-
-    def _end(self, reason: str, code: int) -> None:
-        self._code = code
-        if reason:
-            for rank in self._own.global_ranks:
-                self._desk.notify(rank, {"op": "end", "reason": reason})
 
     def _make_spare(self) -> Spare:
         program = self._job.program

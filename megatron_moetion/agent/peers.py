@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from functools import partial
 from multiprocessing import AuthenticationError
 from typing import Any
 
 from megatron_moetion.agent.lease import bulk
 from megatron_moetion.agent.membership import Member, Members
-from megatron_moetion.agent.wire import Channel, Message
+from megatron_moetion.agent.wire import Channel, Message, write_all
+from megatron_moetion.vault.shelf import Unreachable
+
+PIECE_BYTES = 4 << 20
+"""A frame is passed on to a worker in pieces of this size; notices may come in between."""
 
 
 class Peers:
@@ -47,41 +52,53 @@ class Peers:
         """Answer a worker's fetch from another node, passing the bytes on as they come.
 
         Returns:
-            False when that node has no such entry or is gone; then the worker has not been
-            answered.
+            False when that node has no such entry; then the worker has not been answered.
 
         Raises:
-            OSError: it went away while it answered.
+            Unreachable: that node is gone, perhaps in the middle; the worker waits for an answer.
+            OSError: the worker is gone.
         """
         with self._locks[node_rank]:
-            try:
-                peer = self._channel(node_rank)
-                peer.send({"op": "fetch", "global_rank": global_rank, "key": key})
-                found = peer.receive()
-            except (OSError, EOFError, AuthenticationError):
-                self._forget(node_rank)
+            asked = {"op": "fetch", "global_rank": global_rank, "key": key}
+            peer, found = self._ask(node_rank, asked)
+            if found["op"] == "missing":
                 return False
-            reply = {**found, "id": request_id, "node_rank": node_rank, "inline": True}
-            if reply["op"] == "missing":
-                return False
+            about = {"id": request_id, "node_rank": node_rank, "inline": True}
             try:
-                worker.send(reply, lambda fd: peer.pump_raw(reply["nbytes"], fd))
+                worker.send({**found, **about})
+                self._pass_on(node_rank, peer, worker, request_id, found["nbytes"])
             except OSError:
-                # Either end broke in the middle: what is left of the payload is no message.
+                # What is left of the payload is no message.
                 self._forget(node_rank)
                 raise
             return True
+
+    def _pass_on(
+        self, node_rank: int, peer: Channel, worker: Channel, request_id: int, nbytes: int
+    ) -> None:
+        buffer = memoryview(bytearray(min(nbytes, PIECE_BYTES)))
+        while nbytes:
+            piece = buffer[: min(nbytes, PIECE_BYTES)]
+            try:
+                # Not while the worker's channel is taken: that node may have become silent.
+                peer.receive_raw(piece)
+            except (OSError, EOFError) as error:
+                self._forget(node_rank)
+                worker.send({"op": "broken", "id": request_id})
+                raise _unreachable(node_rank, error) from error
+            about = {"op": "piece", "id": request_id, "nbytes": len(piece)}
+            worker.send(about, partial(write_all, data=piece))
+            nbytes -= len(piece)
 
     def quarantine(self, node_rank: int, about: Message) -> str | None:
         """Have another node read an entry again; see `VaultStore.quarantine`.
 
         Raises:
-            OSError, EOFError: that agent is gone.
+            Unreachable: that node is gone.
         """
         with self._locks[node_rank]:
-            peer = self._channel(node_rank)
-            peer.send({"op": "quarantine", "about": about})
-            reason = peer.receive()["reason"]
+            _, answer = self._ask(node_rank, {"op": "quarantine", "about": about})
+            reason = answer["reason"]
             assert reason is None or isinstance(reason, str)
             return reason
 
@@ -89,13 +106,21 @@ class Peers:
         """Sealed entries of a rank of another node, as JSON.
 
         Raises:
-            OSError, EOFError: that agent is gone.
+            Unreachable: that node is gone.
         """
         with self._locks[node_rank]:
+            asked = {"op": "inventory", "global_rank": global_rank, "prefix": prefix}
+            _, answer = self._ask(node_rank, asked)
+            return list(answer["entries"])
+
+    def _ask(self, node_rank: int, request: Message) -> tuple[Channel, Message]:
+        try:
             peer = self._channel(node_rank)
-            peer.send({"op": "inventory", "global_rank": global_rank, "prefix": prefix})
-            reply: Message = peer.receive()
-            return list(reply["entries"])
+            peer.send(request)
+            return peer, peer.receive()
+        except (OSError, EOFError, AuthenticationError) as error:
+            self._forget(node_rank)
+            raise _unreachable(node_rank, error) from error
 
     def _forget(self, node_rank: int) -> None:
         known = self._channels.pop(node_rank, None)
@@ -112,3 +137,7 @@ class Peers:
             channel.send({"op": "vault"})
             self._channels[node_rank] = (member, channel)
         return self._channels[node_rank][1]
+
+
+def _unreachable(node_rank: int, error: Exception) -> Unreachable:
+    return Unreachable(f"node {node_rank} is gone: {error or type(error).__name__}")

@@ -28,6 +28,7 @@ from megatron_moetion.faults import Scripted
 from megatron_moetion.vault.arena import Chunk, map_shared
 from megatron_moetion.vault.entry import Entry, split_key
 from megatron_moetion.vault.placement import Placement
+from megatron_moetion.vault.shelf import Unreachable
 from megatron_moetion.vault.store import VaultStore
 
 MAX_STREAMS = 4
@@ -177,13 +178,16 @@ class Replication:
         the others do too; measured once.
 
         Raises:
-            OSError, EOFError: a holder is gone.
+            Unreachable: a holder is gone.
         """
         with self._measuring:
             if self._rate is None:
                 began = time.monotonic()
-                with ThreadPoolExecutor(len(self._streams)) as all_holders:
-                    list(all_holders.map(lambda streams: streams[0].probe(), self._streams))
+                try:
+                    with ThreadPoolExecutor(len(self._streams)) as all_holders:
+                        list(all_holders.map(lambda streams: streams[0].probe(), self._streams))
+                except (OSError, EOFError, AuthenticationError) as error:
+                    raise Unreachable(f"a holder of copies is gone: {error}") from error
                 seconds = time.monotonic() - began
                 self._rate = PROBE_BYTES / seconds / len(self._ranks)
                 self._log.emit("measured", what="replication", bytes_per_second=self._rate)

@@ -335,6 +335,9 @@ class Round:
             case "unfit":
                 return self._unfit(rank, str(message["reason"]))
             case "hopeless":
+                if message.get("epoch") not in (None, self.epoch):
+                    # What it missed may have been where a node was lost since.
+                    return []
                 lost, refused = bool(message.get("state_lost")), bool(message.get("refused"))
                 return self._hopeless(str(message["reason"]), state_lost=lost, refused=refused)
             case "ready" if rank in self._dead:

@@ -24,7 +24,6 @@ from typing import Any
 
 Message = dict[str, Any]
 ABSTRACT_MARK = "@"
-PUMP_BYTES = 4 << 20
 NONCE_BYTES = 16
 KNOCK_BYTES = NONCE_BYTES + hashlib.sha256().digest_size
 """What a connection begins with: a stranger is told by it before it costs a thread."""
@@ -158,15 +157,6 @@ class Channel:
     def receive_raw(self, buffer: memoryview) -> None:
         """Fill a buffer with the unframed bytes that follow a message."""
         _read_all(self._connection.fileno(), buffer)
-
-    def pump_raw(self, nbytes: int, to_fd: int) -> None:
-        """Pass on `nbytes` unframed bytes without holding them all."""
-        buffer = memoryview(bytearray(min(nbytes, PUMP_BYTES)))
-        while nbytes:
-            piece = buffer[: min(nbytes, PUMP_BYTES)]
-            self.receive_raw(piece)
-            write_all(to_fd, piece)
-            nbytes -= len(piece)
 
     def stop_reading(self) -> None:
         """What the other side has sent can still be received, then `receive` raises EOFError.

@@ -9,7 +9,7 @@ import torch
 
 from megatron_moetion.inbox.key import Key
 from megatron_moetion.snapshot import bundle
-from megatron_moetion.vault import CorruptEntry
+from megatron_moetion.vault import CorruptEntry, Unreachable
 
 
 class Entry(Protocol):
@@ -89,12 +89,13 @@ class InboxLog:
 
         Raises:
             CorruptEntry: each copy that there is is damaged.
+            Unreachable: nobody has it of those that can be asked, and others cannot.
         """
-        damaged: CorruptEntry | None = None
+        damaged: CorruptEntry | Unreachable | None = None
         for rank in (self._global_rank,) if global_ranks is None else global_ranks:
             try:
                 entry = self._store.fetch(rank, str(key))
-            except CorruptEntry as error:
+            except (CorruptEntry, Unreachable) as error:
                 damaged = error
                 continue
             if entry is not None and entry.meta["epoch"] >= since:

@@ -7,6 +7,7 @@ worker sees.
 
 from megatron_moetion.vault.client import CorruptEntry, Fetched, LocalVault, Vault, VaultUsage
 from megatron_moetion.vault.entry import Entry, Listing
+from megatron_moetion.vault.shelf import Unreachable
 
 __all__ = [
     "CorruptEntry",
@@ -14,6 +15,7 @@ __all__ = [
     "Fetched",
     "Listing",
     "LocalVault",
+    "Unreachable",
     "Vault",
     "VaultUsage",
 ]

@@ -264,6 +264,7 @@ class Vault:
 
         Raises:
             CorruptEntry: there was a copy, and none is sound.
+            Unreachable: see `Shelf.find`.
         """
         reason: str | None = None
         reads = 0
@@ -294,7 +295,11 @@ class Vault:
         raise CorruptEntry(global_rank, key, reason)
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
-        """Sealed entries of any rank whose key starts with `prefix`, in order of sealing."""
+        """Sealed entries of any rank whose key starts with `prefix`, in order of sealing.
+
+        Raises:
+            Unreachable: see `Shelf.inventory`.
+        """
         return self._shelf.inventory(global_rank, prefix)
 
     def usage(self) -> VaultUsage:

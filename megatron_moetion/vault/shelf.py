@@ -13,6 +13,12 @@ from megatron_moetion.vault.entry import Entry, Listing, Parts
 from megatron_moetion.vault.store import VaultStore
 
 
+class Unreachable(RuntimeError):
+    """Whether an entry is held cannot be told, or it cannot be read: a node that may hold it is
+    gone. Not the same as missing: the failure that explains it is about to be known.
+    """
+
+
 @dataclass(frozen=True)
 class Found:
     """One copy of a sealed entry, unchecked.
@@ -48,7 +54,11 @@ class Shelf(Protocol):
         """Forget this rank's entries below an iteration."""
 
     def find(self, global_rank: int, key: str) -> Found | None:
-        """The nearest copy that is not in quarantine, or None."""
+        """The nearest copy that is not in quarantine, or None.
+
+        Raises:
+            Unreachable: nobody has it of those that can be asked, and others cannot.
+        """
 
     def quarantine(
         self, global_rank: int, key: str, found: Found, distrusted: str | None = None
@@ -56,7 +66,11 @@ class Shelf(Protocol):
         """Have the holder of a copy read it again; see `VaultStore.quarantine`."""
 
     def inventory(self, global_rank: int, prefix: str) -> list[Listing]:
-        """Sealed entries of any rank of the job."""
+        """Sealed entries of any rank of the job.
+
+        Raises:
+            Unreachable: the rank's node is gone.
+        """
 
 
 class StoreShelf:

@@ -129,7 +129,11 @@ def test_a_node_is_replaced_by_another_one(runner: Runner, off: Run, cut: str) -
 
 
 FOUR_STAGES: dict[str, Any] = test_variants.VARIANTS["four-stages"]
-SEVERAL = {4: ([2], []), 5: ([], [1]), 8: ([1], []), 9: ([], [0, 2])}
+SERVED = 13
+"""Rank 2 is killed in the iteration behind this one, and node 1 when it has given rank 2 a part of
+what that needs for its replay.
+"""
+SEVERAL = {4: ([2], []), 5: ([], [1]), 8: ([1], []), 9: ([], [0, 2]), SERVED: ([], [])}
 """{iteration whose log line is waited for: (nodes that are lost then, workers that are killed)}."""
 
 
@@ -142,16 +146,28 @@ def _lose_several(directory: Path) -> None:
                 kill_agent(directory, node)
             kill_workers(directory, ranks)
         if not left:
-            return
+            break
+    _until(directory, 0, "fault")
+    (leader,) = (directory / events.FOLDER).glob("agent-0.*")
+    told = follow(leader, after=leader.stat().st_size)
+    kill_workers(directory, [2])
+    next(line for line in told if '"kind":"gathered"' in line)
+    told.close()
+    _until(directory, 2, "fault")
+    kill_agent(directory, 1)
 
 
 def test_stages_that_are_lost_together_are_replayed_together(runner: Runner) -> None:
     """Node 1 is the second of four stages, node 2 the last two. Workers of other stages are killed
-    while what they need of the lost ones is what those have sent once more in their replay.
+    while what they need of the lost ones is what those have sent once more in their replay; and at
+    last a node while it serves one of them.
     """
-    last = test_variants.ITERATIONS
+    last = SERVED + 4
     off, *_ = test_variants.reference(runner, "four-stages")
     flags = ["--moetion", "--moetion-window", str(WINDOW), "--moetion-replicas", "1"]
+    # Nobody comes to another commit point before that, and rank 2 has replayed one iteration.
+    held = f"hold:global_rank=0,iteration={SERVED + 1},at=start"
+    flags += ["--moetion-fault", f"{held};hold:global_rank=2,iteration={SERVED},at=replay:1"]
     run = runner.run(
         "node-loss-joint",
         iterations=last,
@@ -162,7 +178,7 @@ def test_stages_that_are_lost_together_are_replayed_together(runner: Runner) -> 
         **FOUR_STAGES,
     )
     assert run.code == 0, run.tail()
-    assert [e["recovered"] for e in run.recoveries] == [[2, 3], [1], [1], [0, 2]]
+    assert [e["recovered"] for e in run.recoveries] == [[2, 3], [1], [1], [0, 2], [1, 2]]
     # The leader's event of this kind says who is dead.
     (plan,) = {e["plan"] for e in run.events("planned") if e["epoch"] == 1 and "plan" in e}
     assert re.search(r"stage 2: base (\d+), .*; stage 3: base \1,", plan), plan

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -133,8 +133,7 @@ class Injector:
         told = follow(leader, after=leader.stat().st_size)
         struck: list[int] = []
         _later(failure.delay * ms / 1000, lambda: struck.extend(_strike(directory, failure)))
-        pending: set[Any] = {("node", failure.node)} if failure.node is not None else set()
-        pending = pending or {("rank", rank) for rank in failure.ranks}
+        pending = _lost_with(failure.node, failure.ranks)
         epochs: list[int] = []
         second, tier = failure.second, str(Tier.LOCALIZED)
         for line in told:
@@ -146,8 +145,8 @@ class Injector:
             if event["kind"] in ("escalated", "fell-back"):
                 tier = event["tier"]
             if second and event["kind"] == failure.event:
-                _later(failure.second_seconds, lambda: kill_workers(directory, failure.second))
-                pending |= {("rank", rank) for rank in second}
+                _later(failure.second_seconds, lambda: _strike_again(directory, failure))
+                pending |= _lost_with(failure.second_node, second)
                 second = ()
             if event["kind"] == "resumed" and not pending:
                 told.close()
@@ -157,6 +156,11 @@ class Injector:
                 return Outcome(failure, iteration, took, event["ms"], tier, not second)
         self.not_survived.append(failure.kind)
         raise RunEnded(f"the job did not survive {failure}, at iteration {iteration}")
+
+
+def _lost_with(node: int | None, ranks: Sequence[int]) -> set[tuple[str, int]]:
+    """What the leader says of it, see `_lost`."""
+    return {("rank", rank) for rank in ranks} if node is None else {("node", node)}
 
 
 def _lost(event: dict[str, Any]) -> tuple[str, int] | None:
@@ -186,6 +190,16 @@ def _strike(directory: Path, failure: Failure) -> list[int]:
     for pid in pids:
         os.kill(pid, number)
     return pids
+
+
+def _strike_again(directory: Path, failure: Failure) -> None:
+    if failure.second_node is None:
+        kill_workers(directory, failure.second)
+        return
+    known = _pids(directory)
+    # The first failure may have been one of its workers'.
+    there = [known[rank] for rank in failure.second if rank not in failure.ranks]
+    os.kill(_agent(there[0]), signal.SIGKILL)
 
 
 def _go_on(pids: list[int]) -> None:

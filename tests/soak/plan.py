@@ -59,6 +59,7 @@ class Failure:
         delay: until it comes, in iterations, after the last of these log lines.
         event: of the recovery that the second failure waits for; empty if there is none.
         second: whose workers are killed then.
+        second_node: whose agent is killed then, too; its workers go with it.
         second_seconds: after the event.
     """
 
@@ -69,6 +70,7 @@ class Failure:
     delay: float
     event: str = ""
     second: tuple[int, ...] = ()
+    second_node: int | None = None
     second_seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -77,7 +79,10 @@ class Failure:
         if not self.event:
             return first
         behind = f"{self.second_seconds:.2f} s behind '{self.event}'"
-        return f"{first}, then ranks {list(self.second)} {behind}"
+        then = f"ranks {list(self.second)}"
+        if self.second_node is not None:
+            then = f"node {self.second_node}"
+        return f"{first}, then {then} {behind}"
 
 
 Draw = Callable[[random.Random, Machines], dict[str, object]]
@@ -117,6 +122,16 @@ def _node_and_second(draw: random.Random, machines: Machines) -> dict[str, objec
     return {**told, "second_seconds": draw.uniform(0, BEHIND_EVENT_SECONDS)}
 
 
+def _second_is_node(draw: random.Random, machines: Machines) -> dict[str, object]:
+    node, event = draw.randrange(1, machines.agents), draw.choice(EARLY + LATE)
+    ranks = machines.of_node(node)
+    # Somebody of the node has to be there for its agent to be found.
+    others = [r for r in range(machines.world_size) if r not in ranks or len(ranks) > 1]
+    told = {"ranks": (draw.choice(others),), "event": event}
+    then = {"second": ranks, "second_node": node}
+    return {**told, **then, "second_seconds": draw.uniform(0, BEHIND_EVENT_SECONDS)}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of failure.
@@ -144,6 +159,7 @@ KINDS = {
     "a second one in a recovery": Kind(_second, 5),
     "a node": Kind(_node, 3, min_agents=2),
     "a node, then a worker": Kind(_node_and_second, 3, min_agents=2),
+    "a worker, then a node": Kind(_second_is_node, 3, min_agents=2),
     "a stopped worker": Kind(_one, 2, number=signal.SIGSTOP, between=BEFORE_A_STOP),
     "a stopped node": Kind(_node, 2, min_agents=2, number=signal.SIGSTOP),
     "an exit with code 0": Kind(_one, 1, number=signal.SIGUSR1),

@@ -18,20 +18,32 @@ from typing import Any
 import pytest
 
 from megatron_moetion.agent.link import ORPHAN_EXIT_CODE, AgentLink
-from megatron_moetion.agent.wire import KNOCK_BYTES, Channel, is_knock, listen_unix
+from megatron_moetion.agent.wire import (
+    KNOCK_BYTES,
+    Channel,
+    is_knock,
+    listen_unix,
+    write_all,
+)
+from megatron_moetion.vault.shelf import Unreachable
 
 SECRET = b"\x01\x02"
+PIECE_BYTES = 10_000
 
 
 class Agent:
-    """Answers every request with itself, after all that are in `before`."""
+    """Answers every request with itself, after all that are in `before`; a payload comes in pieces,
+    and all that are in `between` behind each, and `breaks` times only the first of them.
+    """
 
     def __init__(self) -> None:
         self.name = f"@moetion-test-{secrets.token_hex(4)}"
         self.listener = listen_unix(self.name, 1)
         self.got: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.before: list[dict[str, Any]] = []
+        self.between: list[dict[str, Any]] = []
         self.payload: bytes | None = None
+        self.breaks = 0
         self.channel: Channel | None = None
         self.accepted = threading.Event()
         threading.Thread(target=self.serve, daemon=True).start()
@@ -59,9 +71,27 @@ class Agent:
         if self.payload is None:
             self.channel.send(message)
             return
-        payload = self.payload
-        head = {**message, "inline": True, "nbytes": len(payload)}
-        self.channel.send(head, lambda fd: os.write(fd, payload) and None)
+        for _ in range(self.breaks):
+            # Whoever had it is gone in the middle.
+            self.head(message)
+            self.pieces(message, self.payload[: len(self.payload) // 3])
+            self.channel.send({"op": "broken", "id": message["id"]})
+        self.head(message)
+        self.pieces(message, self.payload)
+
+    def head(self, message: dict[str, Any]) -> None:
+        assert self.channel is not None
+        assert self.payload is not None
+        self.channel.send({**message, "inline": True, "nbytes": len(self.payload)})
+
+    def pieces(self, message: dict[str, Any], payload: bytes) -> None:
+        assert self.channel is not None
+        for start in range(0, len(payload), PIECE_BYTES):
+            piece = payload[start : start + PIECE_BYTES]
+            about = {"op": "piece", "id": message["id"], "nbytes": len(piece)}
+            self.channel.send(about, lambda fd, piece=piece: write_all(fd, memoryview(piece)))
+            for notice in self.between:
+                self.channel.send(notice)
 
     def connect(self) -> AgentLink:
         return AgentLink(Channel.to_agent(self.name, SECRET))
@@ -129,11 +159,44 @@ def test_a_ping_is_answered_before_anybody_listens(agent: Agent) -> None:
 
 def test_bytes_follow_a_reply(agent: Agent) -> None:
     link = agent.connect()
-    agent.payload = os.urandom(100_000)
+    agent.payload = os.urandom(10 * PIECE_BYTES + 1)
     reply, payload = link.request_payload({"op": "fetch"})
     assert payload == agent.payload
     assert link.request_payload({"op": "fetch", "n": 2})[0]["n"] == 2
-    assert reply["nbytes"] == 100_000
+    assert reply["nbytes"] == len(agent.payload)
+    agent.payload = b""
+    assert link.request_payload({"op": "fetch"})[1] == b""
+    link.close()
+
+
+def test_notices_come_between_the_pieces_of_a_reply(agent: Agent) -> None:
+    link = agent.connect()
+    seen: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    link.listen(seen.put)
+    agent.payload, agent.between = os.urandom(3 * PIECE_BYTES), [{"op": "freeze"}]
+    assert link.request_payload({"op": "fetch"})[1] == agent.payload
+    assert [seen.get(timeout=10)["op"] for _ in range(3)] == ["freeze"] * 3
+    link.close()
+
+
+def test_another_answer_follows_one_that_broke_off(agent: Agent) -> None:
+    link = agent.connect()
+    agent.payload, agent.breaks = os.urandom(10 * PIECE_BYTES), 2
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda n: link.request_payload({"op": "fetch", "n": n}), range(20))
+        assert [(reply["n"], payload) for reply, payload in found] == [
+            (n, agent.payload) for n in range(20)
+        ]
+    link.close()
+
+
+def test_what_cannot_be_asked_for_is_an_error_of_its_own(agent: Agent) -> None:
+    link = agent.connect()
+    agent.answer = lambda message: agent.channel.send(  # type: ignore[method-assign,union-attr]
+        {"op": "unreachable", "id": message["id"], "reason": "node 3 is gone"}
+    )
+    with pytest.raises(Unreachable, match="node 3 is gone"):
+        link.request({"op": "fetch"})
     link.close()
 
 

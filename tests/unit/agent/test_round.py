@@ -317,6 +317,19 @@ def test_a_worker_says_whether_an_older_state_would_do(lost: bool) -> None:
     assert end == End("no frames", 1, lost, (2, 4), tried=NOTHING_TRIED)
 
 
+def test_what_a_recovery_misses_may_have_been_lost_by_the_failure_that_ended_it() -> None:
+    leader = Round(NODES)
+    leader.feed(die(3))
+    drive(leader, {3}, Phase.RESTORING)
+    missing = {"reason": "not in its log", "state_lost": True}
+    leader.feed(die(0))
+    assert leader.epoch == 2
+    assert leader.feed(say(3, "hopeless", epoch=1, **missing)) == []
+    assert leader.phase is Phase.PLANNING
+    (end,) = ends(leader.feed(say(3, "hopeless", epoch=2, **missing)))
+    assert end.reason == "not in its log"
+
+
 def test_a_refusal_is_no_failure_that_any_tier_could_be_tried_against() -> None:
     (end,) = ends(Round(NODES).feed(say(1, "hopeless", reason="too much memory", refused=True)))
     assert end == End("too much memory", 1)

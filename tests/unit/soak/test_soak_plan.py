@@ -33,7 +33,11 @@ def test_every_failure_can_be_injected(seed: int, cut: str, machines: Machines) 
         assert 0 <= failure.delay <= SPREAD
         assert failure.node is None or 0 < failure.node < machines.agents
         assert bool(failure.event) == bool(failure.second)
-        if failure.event in EARLY:
+        if failure.second_node is not None:
+            assert 0 < failure.second_node < machines.agents
+            assert failure.second == machines.of_node(failure.second_node)
+            assert set(failure.second) - set(failure.ranks)
+        elif failure.event in EARLY:
             assert not set(failure.ranks) & set(failure.second)
         else:
             assert failure.event in ("", *LATE)
