@@ -6,7 +6,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -143,7 +143,7 @@ def test_a_notice_does_not_wait_for_a_node_that_has_become_silent(agents: Agents
     asked = {"op": "fetch", "global_rank": 0, "key": KEY}
     threading.Thread(target=lambda: answer.put(link.request_payload(asked)), daemon=True).start()
     assert silent.full.wait(WAIT_SECONDS)
-    agents.desks[3].notify(3, {"op": "freeze"})
+    at_once(lambda: agents.desks[3].notify(3, {"op": "freeze"}))
     assert seen.get(timeout=WAIT_SECONDS)["op"] == "freeze"
     assert answer.empty()
     silent.close()
@@ -151,7 +151,15 @@ def test_a_notice_does_not_wait_for_a_node_that_has_become_silent(agents: Agents
     assert payload == data
 
 
+def at_once(call: Callable[[], object]) -> None:
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(WAIT_SECONDS)
+    assert not calling.is_alive(), "it waits for ever"
+
+
 def flood(agents: AgentsHere) -> None:
+    """More notices than a socket takes."""
     for number in range(100):
         agents.desks[3].notify(3, {"op": "filler", "number": number, "text": "x" * (1 << 14)})
 
@@ -163,8 +171,8 @@ def test_whoever_takes_nothing_in_holds_up_nobody(agents: AgentsHere) -> None:
     assert worker.receive()["op"] == "welcome"
     worker.send({"op": "fetch", "global_rank": 0, "key": KEY, "id": 1})
     assert worker.receive()["inline"]
-    # More than its socket takes, while a piece is on its way to it already.
-    flood(agents)
+    # A piece is on its way to it already.
+    at_once(lambda: flood(agents))
     left = LARGE
     got: list[int] = []
     while len(got) < 100 or left:
@@ -177,6 +185,6 @@ def test_whoever_takes_nothing_in_holds_up_nobody(agents: AgentsHere) -> None:
     assert got == list(range(100))
     worker.send({"op": "fetch", "global_rank": 0, "key": KEY, "id": 2})
     assert worker.receive()["inline"]
-    flood(agents)
-    assert agents.desks[3].hush(3)
+    at_once(lambda: flood(agents))
+    at_once(lambda: agents.desks[3].hush(3))
     worker.close()
