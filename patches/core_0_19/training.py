@@ -272,7 +272,7 @@ def setup_model_and_optimizer(host: Callable[..., Any], *args: Any, **kwargs: An
     try:
         position = _entered(this)
     except NothingToRebuildFrom as error:
-        this.hopeless(str(error))
+        _hopeless(this, str(error))
         raise
     state = _own_state(this, position.iteration)
     options = get_args()
@@ -315,12 +315,17 @@ def _first_drawn(this: Job) -> int | None:
     return min(this.facts.starts[this.global_rank])
 
 
+def _hopeless(this: Job, reason: str) -> None:
+    assert this.facts is not None
+    this.hopeless(reason, this.facts.epoch)
+
+
 def _own_state(this: Job, iteration: int) -> Any:
     from megatron_moetion.snapshot import bundle
 
     entry = this.vault.fetch(this.global_rank, str(HeaderKey(iteration)))
     if entry is None:
-        this.hopeless(f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}")
+        _hopeless(this, f"the log of global rank {this.global_rank} lacks {HeaderKey(iteration)}")
         raise RuntimeError(f"{HeaderKey(iteration)} is gone")
     return bundle.unpack(dict(entry.meta), entry.data, "cpu")
 

@@ -117,6 +117,8 @@ def test_every_way_of_failing_together_is_asked_for() -> None:
     assert test_variants.TOGETHER["four-stages"] == ((1, 2), (0, 2))
     # Node 2 is stages 2 and 3, which stage 1 serves; then stages 0 and 2 serve stage 1.
     assert test_node_loss.SEVERAL == {4: ([2], []), 5: ([], [1]), 8: ([1], []), 9: ([], [0, 2])}
+    # And behind that stage 1 is lost in the middle of serving stage 2.
+    assert max(test_node_loss.SEVERAL) < test_node_loss.SERVED
 
 
 @pytest.mark.parametrize("cut", CUTS)
