@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from megatron_moetion.agent.link import AgentLink
+from megatron_moetion.agent.membership import Member
 from megatron_moetion.agent.peers import PIECE_BYTES
+from megatron_moetion.agent.shelf import AgentShelf
 from megatron_moetion.agent.wire import Channel
 from megatron_moetion.vault.shelf import Unreachable
 from tests.agents_here import SECRET, WAIT_SECONDS, AgentsHere
@@ -53,10 +55,8 @@ class Through:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._port, self._left, self._waits = agents.ports[node_rank], nbytes, waits
         self.full, self._over = threading.Event(), threading.Event()
-        peers = agents.equipment[3].peers
-        member = peers._nodes[node_rank]
-        port = self._listener.getsockname()[1]
-        peers.moved(type(member)(**{**vars(member), "port": port}))
+        here = Member(node_rank, "127.0.0.1", self._listener.getsockname()[1], 1, node_rank)
+        agents.equipment[3].peers.moved(here)
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -122,12 +122,12 @@ def test_what_others_hold_is_known_when_one_is_gone(agents: AgentsHere) -> None:
 
 def test_a_copy_whose_node_is_gone_needs_no_quarantine(agents: AgentsHere) -> None:
     seal(agents, 100)
-    vault = agents.vault(3)
-    found = vault._shelf.find(0, KEY)
+    shelf = AgentShelf(agents.link(3))
+    found = shelf.find(0, KEY)
     assert found is not None
     assert found.node_rank == 0
     gone = Through(agents, 0, 0)
-    assert vault._shelf.quarantine(0, KEY, found) is None
+    assert shelf.quarantine(0, KEY, found) is None
     gone.close()
 
 

@@ -18,7 +18,7 @@ from megatron_moetion.inbox.key import (
 )
 from megatron_moetion.inbox.log import InboxLog
 from megatron_moetion.snapshot.bundle import Unsupported
-from megatron_moetion.vault import LocalVault
+from megatron_moetion.vault import CorruptEntry, Fetched, LocalVault, Unreachable
 from megatron_moetion.vault.entry import split_key
 
 KEYS: list[tuple[Key, str]] = [
@@ -62,6 +62,33 @@ def test_nothing_but_an_absent_entry_reads_as_none(log: InboxLog) -> None:
     assert log.read(BatchKey(1, 0, 0), [3, 0]) is None
     log.write_state(HeaderKey(1), {})
     assert log.read_state(HeaderKey(1)) == {}
+
+
+class Partly(LocalVault):
+    """A vault of which other ranks' entries raise what is in `of`, unless they are there."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.of: dict[int, Exception] = {}
+
+    def fetch(self, global_rank: int, key: str) -> Fetched | None:
+        if global_rank in self.of:
+            raise self.of[global_rank]
+        return super().fetch(0, key) if global_rank == 3 else None
+
+
+@pytest.mark.parametrize(
+    "error", [Unreachable("node 1 is gone"), CorruptEntry(1, "result/7/end", "bits differ")]
+)
+def test_another_rank_is_asked_before_it_counts_that_one_cannot_be(error: Exception) -> None:
+    vault = Partly()
+    vault.of[1] = error
+    log = InboxLog(vault, 0)
+    log.write_state(ResultKey(7), {"loss": 1.5})
+    assert log.read_state(ResultKey(7), [1, 2, 3]) == {"loss": 1.5}
+    with pytest.raises(type(error)):
+        log.read_state(ResultKey(7), [1, 2])
+    assert log.read_state(ResultKey(7), [2]) is None
 
 
 def test_state_without_tensors_is_logged_too_and_a_newer_one_replaces_it(log: InboxLog) -> None:
