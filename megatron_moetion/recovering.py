@@ -146,6 +146,7 @@ class Recovering:
             self._job.send("damaged", epoch=epoch, **damaged)
         elif isinstance(error, (MissingFromInbox, NothingToRebuildFrom)):
             self._job.hopeless(str(error), epoch)
+        # Only here: past its commit point a survivor must not give its iteration up for that.
         elif not (isinstance(error, Unreachable) or is_communication_error(error)):
             raise error
         self._job.notices.failure(error, epoch)

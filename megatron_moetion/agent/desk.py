@@ -158,12 +158,12 @@ class Desk:
         except (EOFError, OSError):
             pass
         finally:
-            outbox.close()
             with self._lock:
                 if self._workers.get(rank) is outbox:
                     del self._workers[rank]
                 # Inside the lock: once `hush` finds no connection, this has been posted.
                 self._post(WorkerSilent(rank))
+            outbox.close()
 
     def _handle(self, rank: int, channel: Channel, message: Message) -> None:
         try:

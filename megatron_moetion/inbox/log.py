@@ -91,15 +91,19 @@ class InboxLog:
             CorruptEntry: each copy that there is is damaged.
             Unreachable: nobody has it of those that can be asked, and others cannot.
         """
-        damaged: CorruptEntry | Unreachable | None = None
+        unread: CorruptEntry | Unreachable | None = None
         for rank in (self._global_rank,) if global_ranks is None else global_ranks:
             try:
                 entry = self._store.fetch(rank, str(key))
-            except (CorruptEntry, Unreachable) as error:
-                damaged = error
+            except CorruptEntry as error:
+                unread = unread or error
+                continue
+            except Unreachable as error:
+                # The only one of the two that may be otherwise in the next round.
+                unread = error
                 continue
             if entry is not None and entry.meta["epoch"] >= since:
                 return bundle.unpack(entry.meta, entry.data, self._device)
-        if damaged is not None:
-            raise damaged
+        if unread is not None:
+            raise unread
         return None

@@ -88,6 +88,11 @@ def test_another_rank_is_asked_before_it_counts_that_one_cannot_be(error: Except
     assert log.read_state(ResultKey(7), [1, 2, 3]) == {"loss": 1.5}
     with pytest.raises(type(error)):
         log.read_state(ResultKey(7), [1, 2])
+    # What is damaged stays so; who cannot be asked may be replaced.
+    vault.of[2], vault.of[0] = Unreachable("node 2 is gone"), CorruptEntry(0, "result/7/end", "no")
+    with pytest.raises(Unreachable, match="node 2"):
+        log.read_state(ResultKey(7), [1, 2, 0])
+    del vault.of[2]
     assert log.read_state(ResultKey(7), [2]) is None
 
 
